@@ -1,0 +1,27 @@
+"""Configuration: the schema, its checks, and reading it from files and flags."""
+
+from longlive_jax.config.schema import (
+  Data,
+  Experiment,
+  Io,
+  Model,
+  Sample,
+  Section,
+  Text,
+  Train,
+  Vae,
+  Video,
+)
+
+__all__ = [
+  "Data",
+  "Experiment",
+  "Io",
+  "Model",
+  "Sample",
+  "Section",
+  "Text",
+  "Train",
+  "Vae",
+  "Video",
+]

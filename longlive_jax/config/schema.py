@@ -1,0 +1,188 @@
+"""The one configuration schema.
+
+Plain dataclasses, because the flag parser needs them; `seal()` turns a checked experiment into
+its frozen, hashable form. Sizes that follow from others are properties, so that no number is
+stated twice.
+"""
+
+import dataclasses
+from collections.abc import Iterator
+
+from longlive_jax.checks import suggest
+
+
+class Section:
+  """Base of all sections: unknown names are errors, and nothing can be written once sealed."""
+
+  def __setattr__(self, name: str, value: object) -> None:
+    if self.__dict__.get("_sealed", False):
+      raise dataclasses.FrozenInstanceError(f"the configuration is sealed: cannot set {name}")
+    known = [f.name for f in dataclasses.fields(self)]  # type: ignore[arg-type]
+    if name not in known:
+      raise AttributeError(f"{type(self).__name__} has no field '{name}'{suggest(name, known)}")
+    object.__setattr__(self, name, value)
+
+  def sections(self) -> Iterator["Section"]:
+    """Yields the sections directly below this one."""
+    for field in dataclasses.fields(self):  # type: ignore[arg-type]
+      value = getattr(self, field.name)
+      if isinstance(value, Section):
+        yield value
+
+  def seal(self) -> None:
+    """Makes this section and all below it read-only."""
+    for section in self.sections():
+      section.seal()
+    object.__setattr__(self, "_sealed", True)
+
+
+@dataclasses.dataclass(unsafe_hash=True)
+class Text(Section):
+  """UMT5 encoder and its tokenizer."""
+
+  vocabulary: int = 256384
+  width: int = 4096
+  attention_width: int = 4096
+  ffn_width: int = 10240
+  heads: int = 64
+  layers: int = 24
+  buckets: int = 32
+  max_distance: int = 128
+  length: int = 512  # tokens a prompt is padded to
+  tokenizer: str = ""  # path of a tokenizer.json, or "bytes"
+  frozen_seed: int = -1  # >= 0: a random encoder that is never trained (the tiny preset)
+
+
+@dataclasses.dataclass(unsafe_hash=True)
+class Vae(Section):
+  """Wan 2.2 VAE; the Light VAE is the same with narrower widths."""
+
+  encoder_width: int = 160
+  decoder_width: int = 256
+  multipliers: tuple[int, ...] = (1, 2, 4, 4)
+  residual_blocks: int = 2  # per encoder stage; a decoder stage has one more
+  temporal_downsample: tuple[bool, ...] = (False, True, True)
+  latent_channels: int = 48
+
+
+@dataclasses.dataclass(unsafe_hash=True)
+class Model(Section):
+  """The diffusion transformer."""
+
+  width: int = 3072
+  ffn_width: int = 14336
+  heads: int = 24
+  layers: int = 30
+  frequency_width: int = 256  # sinusoid of the timestep
+  patch: int = 2  # height and width of a token, in latents; one latent in time
+  block_latents: int = 8  # denoising unit
+  shift: float = 5.0  # of the noise schedule
+  eps: float = 1e-6
+  rope_theta: float = 10000.0
+  dtype: str = "bfloat16"  # of the matrix products
+  text: Text = dataclasses.field(default_factory=Text)
+  vae: Vae = dataclasses.field(default_factory=Vae)
+
+  @property
+  def head_dim(self) -> int:
+    return self.width // self.heads
+
+
+@dataclasses.dataclass(unsafe_hash=True)
+class Video(Section):
+  """Size of the videos, in pixels and frames a second."""
+
+  height: int = 704
+  width: int = 1280
+  fps: int = 24
+
+
+@dataclasses.dataclass(unsafe_hash=True)
+class Sample(Section):
+  """The autoregressive sampler."""
+
+  steps: int = 4
+  solver: str = "unipc"  # unipc | dpmpp | euler
+  guidance: float = 1.0  # 1 = off
+  negative_prompt: str = ""
+  window_latents: int = 32  # all that is attended: sink, pin and own block included
+  sink_latents: int = 8  # kept for good
+  pin_shots: bool = True  # keep the first block of the newest shot
+  shot_offset_latents: float = 8.0  # extra temporal distance opened by a cut
+  recache_cuts: bool = False  # after a cut, forget all but the sink
+  relative_rope: bool = False
+  t_scale: float = 1.0
+  cut_prefix: str = "The scene transitions. "  # text put before the first prompt of a new shot
+  seed: int = 0
+
+
+@dataclasses.dataclass(unsafe_hash=True)
+class Data(Section):
+  """Training clips of the shapes world."""
+
+  blocks: int = 4  # blocks a clip
+  clips: int = 4096  # clips made ahead and kept as latents
+  max_shots: int = 2
+  seed: int = 1
+
+
+@dataclasses.dataclass(unsafe_hash=True)
+class Train(Section):
+  """The training loop: stage "vae" trains the VAE, stage "ar" the transformer."""
+
+  stage: str = "ar"
+  steps: int = 1000
+  batch: int = 8
+  lr: float = 1e-4
+  warmup_steps: int = 100
+  beta1: float = 0.0
+  beta2: float = 0.999
+  weight_decay: float = 0.0
+  clip_norm: float = 10.0
+  ema: float = 0.99
+  ema_start_step: int = 0
+  first_latent: bool = False  # image-to-video: the first latent is given and carries no loss
+  kl_weight: float = 1e-4  # stage "vae"
+  seed: int = 0
+
+
+@dataclasses.dataclass(unsafe_hash=True)
+class Io(Section):
+  """Where things are read from and written to."""
+
+  checkpoint: str = ""  # weights to start from; empty = fresh
+  checkpoint_every_steps: int = 500
+  keep_checkpoints: int = 3
+  log_every_steps: int = 50
+  compile_cache: str = ""  # folder of the persistent compilation cache; empty = off
+
+
+@dataclasses.dataclass(unsafe_hash=True)
+class Experiment(Section):
+  """Everything a run needs."""
+
+  name: str = "wan5b"
+  model: Model = dataclasses.field(default_factory=Model)
+  video: Video = dataclasses.field(default_factory=Video)
+  sample: Sample = dataclasses.field(default_factory=Sample)
+  data: Data = dataclasses.field(default_factory=Data)
+  train: Train = dataclasses.field(default_factory=Train)
+  io: Io = dataclasses.field(default_factory=Io)
+
+  @property
+  def latent_height(self) -> int:
+    return self.video.height // 16
+
+  @property
+  def latent_width(self) -> int:
+    return self.video.width // 16
+
+  @property
+  def latent_tokens(self) -> int:
+    """Tokens of one latent."""
+    return (self.latent_height // self.model.patch) * (self.latent_width // self.model.patch)
+
+  @property
+  def block_frames(self) -> int:
+    """Frames of every block but the first, which has three fewer."""
+    return 4 * self.model.block_latents

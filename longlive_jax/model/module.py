@@ -1,0 +1,61 @@
+"""Networks are declared as NNX modules and used as pure functions of a nested dict of arrays.
+
+`declare` splits a module once into its static graph and the shapes of its parameters; afterwards
+parameters are plain pytrees (`dict[str, ...]` of arrays) that every transformation, optimiser and
+checkpoint handles without knowing NNX, and `Network.bind(params)` gives back a callable module
+inside the traced function.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+from flax import nnx
+
+from longlive_jax.types import PyTree
+
+
+@dataclasses.dataclass(frozen=True)
+class Network:
+  """A declared network.
+
+  Attributes:
+    build: makes the module from an `nnx.Rngs`.
+    graph: static structure.
+    abstract: nested dict of `jax.ShapeDtypeStruct`, the shapes of the parameters.
+  """
+
+  build: Callable[[nnx.Rngs], nnx.Module]
+  graph: Any
+  abstract: PyTree
+
+  def init(self, seed: int) -> PyTree:
+    """Draws fresh parameters; the same seed gives the same numbers on any mesh."""
+
+    def make(key: jax.Array) -> PyTree:
+      return nnx.to_pure_dict(nnx.split(self.build(nnx.Rngs(params=key)))[1])
+
+    return jax.jit(make)(jax.random.key(seed))
+
+  def bind(self, params: PyTree) -> Any:
+    """Returns the module with these parameters, callable inside a traced function."""
+    return nnx.merge(self.graph, params)
+
+
+def declare(build: Callable[[nnx.Rngs], nnx.Module]) -> Network:
+  """Splits the module that `build` makes, without allocating its parameters."""
+  module = nnx.eval_shape(lambda: build(nnx.Rngs(params=0)))
+  graph, state = nnx.split(module)
+  return Network(build, graph, nnx.to_pure_dict(state))
+
+
+def stack_layers(make: Callable[[nnx.Rngs], nnx.Module], count: int, rngs: nnx.Rngs) -> Any:
+  """Makes `count` equal layers whose parameters carry a leading layer axis, for `lax.scan`."""
+  keys = jax.random.split(rngs.params(), count)
+  return nnx.vmap(lambda key: make(nnx.Rngs(params=key)))(keys)
+
+
+def count_parameters(params: PyTree) -> int:
+  """Number of scalars in a tree of arrays or shapes."""
+  return sum(int(leaf.size) for leaf in jax.tree.leaves(params))
