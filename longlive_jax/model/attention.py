@@ -1,0 +1,161 @@
+"""Attention plans: which keys a query sees, as a few dense calls without any mask.
+
+Teacher forcing runs one dense call per block: the context queries of block i see context blocks
+0..i, its target queries see context blocks 0..i-1 and target block i. Both have as many keys, so
+they are stacked on the batch. In cached sampling every query of a block sees all filled slots.
+
+Source: spec/models.md section 3, spec/jax.md sections 4.2 and 4.3.
+"""
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax.numpy as jnp
+from jax.tree_util import register_dataclass
+
+from longlive_jax.model.kv_cache import KVCache
+from longlive_jax.model.ops import Dense
+from longlive_jax.model.rope import Rope, rotate
+from longlive_jax.types import Array
+
+Borders = tuple[int, ...]
+
+
+def block_borders(latents: int, block_latents: int, latent_tokens: int, first: int = 0) -> Borders:
+  """Token borders (0, ..., S) of the blocks of a clip.
+
+  Args:
+    latents: F.
+    block_latents: latents a block.
+    latent_tokens: tokens a latent.
+    first: latents of a separate first block; 0 = none.
+
+  Raises:
+    ValueError: the blocks do not fill the clip.
+  """
+  if (latents - first) % block_latents or latents <= first:
+    raise ValueError(
+      f"a clip of {latents} latents is not {first} + a multiple of"
+      f" model.block_latents={block_latents}"
+    )
+  ends = range(first, latents + 1, block_latents)
+  borders = tuple(end * latent_tokens for end in ends)
+  return (0, *borders) if first else borders
+
+
+@functools.partial(register_dataclass, data_fields=["rope"], meta_fields=[])
+@dataclasses.dataclass(frozen=True)
+class Full:
+  """Every token sees every token (the bidirectional network)."""
+
+  rope: Rope
+
+  def attend(
+    self, dense: Dense, q: Array, k: Array, v: Array, cache: Any, layer: Array | int
+  ) -> tuple[Array, Any]:
+    return dense(rotate(q, self.rope), rotate(k, self.rope), v), cache
+
+
+@functools.partial(register_dataclass, data_fields=["rope"], meta_fields=["borders"])
+@dataclasses.dataclass(frozen=True)
+class BlockCausal:
+  """A token sees its own block and all earlier ones."""
+
+  rope: Rope
+  borders: Borders
+
+  def attend(
+    self, dense: Dense, q: Array, k: Array, v: Array, cache: Any, layer: Array | int
+  ) -> tuple[Array, Any]:
+    q, k = rotate(q, self.rope), rotate(k, self.rope)
+    pairs = zip(self.borders[:-1], self.borders[1:], strict=True)
+    parts = [dense(q[:, start:end], k[:, :end], v[:, :end]) for start, end in pairs]
+    return jnp.concatenate(parts, 1), cache
+
+
+@functools.partial(register_dataclass, data_fields=["rope"], meta_fields=["borders"])
+@dataclasses.dataclass(frozen=True)
+class TeacherForcing:
+  """Tokens are [context | target] of the same clip, both at the same positions.
+
+  Attributes:
+    rope: of one half, S tokens.
+    borders: token borders of the blocks of one half.
+  """
+
+  rope: Rope
+  borders: Borders
+
+  def attend(
+    self, dense: Dense, q: Array, k: Array, v: Array, cache: Any, layer: Array | int
+  ) -> tuple[Array, Any]:
+    half = self.borders[-1]
+    q_context, q_target = rotate(q[:, :half], self.rope), rotate(q[:, half:], self.rope)
+    k_context, k_target = rotate(k[:, :half], self.rope), rotate(k[:, half:], self.rope)
+    v_context, v_target = v[:, :half], v[:, half:]
+    outs_context, outs_target = [], []
+    for start, end in zip(self.borders[:-1], self.borders[1:], strict=True):
+      own = slice(start, end)
+
+      def seen(context: Array, target: Array, start: int = start, own: slice = own) -> Array:
+        late = jnp.concatenate([context[:, :start], target[:, own]], 1)
+        return jnp.concatenate([context[:, : own.stop], late], 0)
+
+      both = jnp.concatenate([q_context[:, own], q_target[:, own]], 0)
+      out = dense(both, seen(k_context, k_target), seen(v_context, v_target))
+      outs_context.append(out[: q.shape[0]])
+      outs_target.append(out[q.shape[0] :])
+    return jnp.concatenate(outs_context + outs_target, 1), cache
+
+
+@functools.partial(register_dataclass, data_fields=[], meta_fields=["pieces"])
+@dataclasses.dataclass(frozen=True)
+class Cross:
+  """Attention to text: the tokens are cut into `pieces` runs, one prompt each.
+
+  q is `[B, S, N, D]`, k and v are `[B * pieces, L, N, D]`, sample-major. No text is masked.
+  """
+
+  pieces: int = 1
+
+  def attend(
+    self, dense: Dense, q: Array, k: Array, v: Array, cache: Any, layer: Array | int
+  ) -> tuple[Array, Any]:
+    runs = q.reshape(q.shape[0] * self.pieces, -1, *q.shape[2:])
+    return dense(runs, k, v).reshape(q.shape), cache
+
+
+@functools.partial(
+  register_dataclass,
+  data_fields=["rope", "slot", "lengths", "window_rope"],
+  meta_fields=["level"],
+)
+@dataclasses.dataclass(frozen=True)
+class Cached:
+  """One block against the slot cache: writes its own keys and values, then sees all filled slots.
+
+  Attributes:
+    level: slots that are read, the lowest first; own slot included.
+    rope: of the block's own tokens; with `window_rope` of its queries.
+    slot: int32 `[B]`, where each sample's block is written.
+    lengths: optional int32 `[B]`, filled tokens, where samples differ in filled slots.
+    window_rope: with relative positions, the rotation of all `level` slots; the cache then
+      holds keys that are not rotated.
+  """
+
+  level: int
+  rope: Rope
+  slot: Array
+  lengths: Array | None = None
+  window_rope: Rope | None = None
+
+  def attend(
+    self, dense: Dense, q: Array, k: Array, v: Array, cache: KVCache, layer: Array | int
+  ) -> tuple[Array, KVCache]:
+    own = k if self.window_rope is not None else rotate(k, self.rope)
+    cache = cache.write(layer, self.slot, own, v)
+    keys, values = cache.read(layer, self.level)
+    if self.window_rope is not None:
+      keys = rotate(keys, self.window_rope)
+    return dense(rotate(q, self.rope), keys, values, self.lengths), cache

@@ -1,0 +1,123 @@
+"""The key-value cache: a fixed set of slots, each holding one block, and the eviction policy.
+
+Keys are stored after their rotation, so the order of slots is irrelevant: nothing is ever shifted
+or copied. Which block sits in which slot is decided on the host by pure functions of
+`SlotState`; the device only writes at a slot and reads the lowest `level` slots.
+
+Source: spec/inference.md sections 1.5, 1.6 and 2.4; spec/models.md section 3.6.
+"""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax.tree_util import register_dataclass
+
+from longlive_jax.types import Array
+
+
+@functools.partial(register_dataclass, data_fields=["k", "v"], meta_fields=[])
+@dataclasses.dataclass(frozen=True)
+class KVCache:
+  """Keys and values `[layers, B, K, S_b, N, D]`; S_b tokens of a block."""
+
+  k: Array
+  v: Array
+
+  def write(self, layer: Array | int, slot: Array, k: Array, v: Array) -> "KVCache":
+    """Writes a block's keys and values `[B, S_b, N, D]` into slot `[B]` of a layer, in place."""
+
+    def put(store: Array, new: Array) -> Array:
+      new = new.astype(store.dtype)[None, :, None]
+      for sample in range(new.shape[1]):
+        at = (layer, sample, slot[sample], 0, 0, 0)
+        store = jax.lax.dynamic_update_slice(store, new[:, sample : sample + 1], at)
+      return store
+
+    return KVCache(put(self.k, k), put(self.v, v))
+
+  def read(self, layer: Array | int, level: int) -> tuple[Array, Array]:
+    """Keys and values `[B, level * S_b, N, D]` of the lowest `level` slots of a layer."""
+
+    def take(store: Array) -> Array:
+      _, batch, _, tokens, heads, dim = store.shape
+      size = (1, batch, level, tokens, heads, dim)
+      part = jax.lax.dynamic_slice(store, (layer, 0, 0, 0, 0, 0), size)
+      return part.reshape(batch, level * tokens, heads, dim)
+
+    return take(self.k), take(self.v)
+
+
+def empty_cache(
+  layers: int, batch: int, slots: int, block_tokens: int, heads: int, head_dim: int, dtype: str
+) -> KVCache:
+  """A cache of zeros."""
+  shape = (layers, batch, slots, block_tokens, heads, head_dim)
+  return KVCache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype))
+
+
+@dataclasses.dataclass(frozen=True)
+class Window:
+  """The policy's constants, in blocks: all slots, and how many first blocks are kept for good."""
+
+  slots: int
+  sink: int
+
+
+@dataclasses.dataclass(frozen=True)
+class SlotState:
+  """Where one sample's blocks are.
+
+  Attributes:
+    blocks: block index held by each filled slot, lowest slot first; filled slots are a prefix.
+    positions: first temporal position (latents, shot offset included) of each filled slot's block.
+    pin: block that is kept since the last cut; -1 = none.
+  """
+
+  blocks: tuple[int, ...] = ()
+  positions: tuple[float, ...] = ()
+  pin: int = -1
+
+  @property
+  def level(self) -> int:
+    """Filled slots."""
+    return len(self.blocks)
+
+  def order(self) -> tuple[int, ...]:
+    """Rank in time of the block of each filled slot."""
+    return tuple(sorted(self.blocks).index(block) for block in self.blocks)
+
+
+def admit(state: SlotState, block: int, position: float, window: Window) -> tuple[SlotState, int]:
+  """Gives a new block a slot: the lowest free one, or that of the oldest unprotected block.
+
+  Args:
+    state: before the block; the block must not be cached yet.
+    block: its index in the video.
+    position: first temporal position of the block.
+    window: policy.
+
+  Returns:
+    (state that holds the block, its slot).
+  """
+  if state.level < window.slots:
+    slot = state.level
+    blocks, positions = (*state.blocks, block), (*state.positions, position)
+  else:
+    free = [b for b in state.blocks if b >= window.sink and b != state.pin]
+    slot = state.blocks.index(min(free))
+    blocks = (*state.blocks[:slot], block, *state.blocks[slot + 1 :])
+    positions = (*state.positions[:slot], position, *state.positions[slot + 1 :])
+  return dataclasses.replace(state, blocks=blocks, positions=positions), slot
+
+
+def keep_sink(state: SlotState, window: Window) -> SlotState:
+  """Forgets all but the sink, whose blocks are in the lowest slots; releases the pin."""
+  count = sum(1 for block in state.blocks if block < window.sink)
+  return SlotState(state.blocks[:count], state.positions[:count])
+
+
+def pin_block(state: SlotState, block: int) -> SlotState:
+  """Keeps `block` until the next cut; the previous pin becomes an ordinary block."""
+  return dataclasses.replace(state, pin=block)

@@ -1,0 +1,116 @@
+"""The seam through which precision, kernels and parallelism enter the network.
+
+`Ops` is built once (a fresh closure per call retraces) and passed to every forward. The defaults
+here are the plain references: everything faster must have the same signature.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import jax
+import jax.numpy as jnp
+
+from longlive_jax.types import Array
+
+
+class Matmul(Protocol):
+  """`(x [..., in], w [in, out], bias [out] or None, path, key) -> [..., out]` in x's dtype."""
+
+  def __call__(
+    self, x: Array, w: Array, bias: Array | None, *, path: str, key: Array | None
+  ) -> Array: ...
+
+
+class Dense(Protocol):
+  """Attention without structure, see `dense_attention`."""
+
+  def __call__(self, q: Array, k: Array, v: Array, lengths: Array | None = None) -> Array: ...
+
+
+class Plan(Protocol):
+  """Which keys a query sees; see `model/attention.py`."""
+
+  def attend(
+    self, dense: Dense, q: Array, k: Array, v: Array, cache: Any, layer: Array | int
+  ) -> tuple[Array, Any]: ...
+
+
+Attend = Callable[[Array, Array, Array, Any, Array | int, Plan], tuple[Array, Any]]
+Norm = Callable[[Array, Array, Array, float], Array]
+
+
+def plain_matmul(x: Array, w: Array, bias: Array | None, *, path: str, key: Array | None) -> Array:
+  """Matrix product in x's dtype with float32 accumulation; path and key are not used."""
+  del path, key
+  y = jnp.dot(x, w.astype(x.dtype), preferred_element_type=jnp.float32)
+  return (y if bias is None else y + bias).astype(x.dtype)
+
+
+def dense_attention(q: Array, k: Array, v: Array, lengths: Array | None = None) -> Array:
+  """Softmax attention in plain `jnp`, every query sees every key.
+
+  Args:
+    q: `[B, S, N, D]`.
+    k: `[B, S_k, N, D]`.
+    v: same shape as k.
+    lengths: optional int32 `[B]`, only the first keys of each sample count.
+
+  Returns:
+    `[B, S, N, D]` in q's dtype. Logits and softmax are float32.
+  """
+  logits = jnp.einsum("bqnd,bknd->bnqk", q, k, preferred_element_type=jnp.float32)
+  logits = logits * (q.shape[-1] ** -0.5)
+  if lengths is not None:
+    seen = jnp.arange(k.shape[1]) < lengths[:, None]
+    logits = jnp.where(seen[:, None, None], logits, -jnp.inf)
+  weights = jax.nn.softmax(logits, -1).astype(v.dtype)
+  return jnp.einsum("bnqk,bknd->bqnd", weights, v, preferred_element_type=jnp.float32).astype(
+    q.dtype
+  )
+
+
+def cudnn_attention(q: Array, k: Array, v: Array, lengths: Array | None = None) -> Array:
+  """`dense_attention` on the GPU through cuDNN; bfloat16 or float16 only."""
+  return jax.nn.dot_product_attention(
+    q, k, v, key_value_seq_lengths=lengths, implementation="cudnn"
+  )
+
+
+def attend_with(dense: Dense) -> Attend:
+  """The attention entry that runs a plan's dense calls with `dense`."""
+
+  def attend(q: Array, k: Array, v: Array, cache: Any, layer: Array | int, plan: Plan) -> Any:
+    return plan.attend(dense, q, k, v, cache, layer)
+
+  return attend
+
+
+def modulated_norm(x: Array, scale: Array, shift: Array, eps: float) -> Array:
+  """`LayerNorm(x) * (1 + scale) + shift` over the last axis.
+
+  Args:
+    x: `[B, F, S_f, E]`, tokens grouped by latent.
+    scale: `[B, F, 1, E]` float32.
+    shift: same shape.
+    eps: of the norm.
+
+  Returns:
+    Same shape and dtype as x; arithmetic in float32.
+  """
+  wide = x.astype(jnp.float32)
+  centred = wide - jnp.mean(wide, -1, keepdims=True)
+  unit = centred * jax.lax.rsqrt(jnp.mean(centred * centred, -1, keepdims=True) + eps)
+  return (unit * (1.0 + scale) + shift).astype(x.dtype)
+
+
+@dataclasses.dataclass(frozen=True)
+class Ops:
+  """How the network multiplies, attends and normalises."""
+
+  matmul: Matmul = plain_matmul
+  attend: Attend = attend_with(dense_attention)
+  norm: Norm = modulated_norm
+
+
+REFERENCE = Ops()
