@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from longlive_jax.model.ops import Ops
+from longlive_jax.model.ops import Ops, normalise
 from longlive_jax.types import Array, Initializer
 
 xavier = jax.nn.initializers.xavier_uniform()
@@ -54,13 +54,6 @@ class AffineNorm(nnx.Module):
   def __call__(self, x: Array) -> Array:
     y = normalise(x, self.eps) * self.scale[...] + self.bias[...]
     return y.astype(x.dtype)
-
-
-def normalise(x: Array, eps: float) -> Array:
-  """LayerNorm without affine over the last axis; float32 result."""
-  wide = x.astype(jnp.float32)
-  centred = wide - jnp.mean(wide, -1, keepdims=True)
-  return centred * jax.lax.rsqrt(jnp.mean(centred * centred, -1, keepdims=True) + eps)
 
 
 def gelu(x: Array) -> Array:

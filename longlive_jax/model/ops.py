@@ -86,6 +86,16 @@ def attend_with(dense: Dense) -> Attend:
   return attend
 
 
+plain_attend = attend_with(dense_attention)
+
+
+def normalise(x: Array, eps: float) -> Array:
+  """LayerNorm without affine over the last axis; float32 result."""
+  wide = x.astype(jnp.float32)
+  centred = wide - jnp.mean(wide, -1, keepdims=True)
+  return centred * jax.lax.rsqrt(jnp.mean(centred * centred, -1, keepdims=True) + eps)
+
+
 def modulated_norm(x: Array, scale: Array, shift: Array, eps: float) -> Array:
   """`LayerNorm(x) * (1 + scale) + shift` over the last axis.
 
@@ -98,10 +108,7 @@ def modulated_norm(x: Array, scale: Array, shift: Array, eps: float) -> Array:
   Returns:
     Same shape and dtype as x; arithmetic in float32.
   """
-  wide = x.astype(jnp.float32)
-  centred = wide - jnp.mean(wide, -1, keepdims=True)
-  unit = centred * jax.lax.rsqrt(jnp.mean(centred * centred, -1, keepdims=True) + eps)
-  return (unit * (1.0 + scale) + shift).astype(x.dtype)
+  return (normalise(x, eps) * (1.0 + scale) + shift).astype(x.dtype)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -109,7 +116,7 @@ class Ops:
   """How the network multiplies, attends and normalises."""
 
   matmul: Matmul = plain_matmul
-  attend: Attend = attend_with(dense_attention)
+  attend: Attend = plain_attend
   norm: Norm = modulated_norm
 
 
