@@ -1,0 +1,48 @@
+"""Still images, for image-to-video."""
+
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageOps
+
+from longlive_jax.checks import check_choice
+
+UNREADABLE = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)
+
+
+def read_image(path: str | Path, height: int, width: int, fit: str = "crop") -> np.ndarray:
+  """Reads an image, upright and at the size of the video.
+
+  Args:
+    path: any format that Pillow reads; its EXIF orientation is applied.
+    height: pixels.
+    width: pixels.
+    fit: "crop" scales until the frame is covered and cuts the rest away evenly; "resize"
+      stretches to the exact size, as the original does.
+
+  Returns:
+    uint8 `[H, W, 3]`, antialiased.
+
+  Raises:
+    FileNotFoundError: there is no such file.
+    ValueError: it is not a readable image, or `fit` is unknown.
+
+  Source: inference.md §3.2.
+  """
+  check_choice("fit", fit, ("crop", "resize"))
+  path = Path(path)
+  if not path.is_file():
+    raise FileNotFoundError(f"image file '{path}' does not exist")
+  try:
+    with Image.open(path) as opened:
+      image = ImageOps.exif_transpose(opened).convert("RGB")
+  except UNREADABLE as error:
+    reason = str(error).split("\n")[0].replace(str(path), "the file")
+    raise ValueError(f"image '{path}' cannot be read: {reason}") from error
+  method = Image.Resampling.BILINEAR
+  if image.size != (width, height):
+    if fit == "crop":
+      image = ImageOps.fit(image, (width, height), method)
+    else:
+      image = image.resize((width, height), method)
+  return np.asarray(image)
