@@ -120,9 +120,12 @@ class Sample(Section):
 class Data(Section):
   """Training clips of the shapes world."""
 
-  blocks: int = 4  # blocks a clip
   clips: int = 4096  # clips made ahead and kept as latents
-  max_shots: int = 2
+  clip_blocks: int = 8  # length of those
+  blocks: int = 4  # blocks a training sample takes of a clip
+  far_share: float = 0.5  # share of samples that see the blocks a late block of a rollout sees
+  max_shots: int = 3
+  vae_latents: int = 6  # length of the clips of stage "vae"
   seed: int = 1
 
 
@@ -134,6 +137,7 @@ class Train(Section):
   steps: int = 1000
   batch: int = 8
   lr: float = 1e-4
+  final_lr_fraction: float = 1.0  # of a cosine decay that ends at the last step
   warmup_steps: int = 100
   beta1: float = 0.0
   beta2: float = 0.999

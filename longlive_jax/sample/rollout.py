@@ -1,0 +1,228 @@
+"""The autoregressive rollout: block after block against the cache.
+
+A `RolloutState` is a value: the cached keys and values, the host's account of the slots, and the
+latents of the blocks that are still cached. `Engine` holds the executables, one `denoise` and one
+`commit` a fill level, compiled before the first block: after that a longer video, another prompt
+or a cut compiles nothing. The caches of a state are donated to the next call.
+
+Source: spec/inference.md section 1; re-caching as in design of the first LongLive.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from longlive_jax.config import Experiment
+from longlive_jax.model.dit import TextKV
+from longlive_jax.model.kv_cache import SlotState, empty_cache, keep_sink
+from longlive_jax.sample.block import Caches, Denoiser, Texts
+from longlive_jax.sample.schedule import SampleState, Schedule, States
+from longlive_jax.types import Array, PyTree
+
+
+@dataclasses.dataclass(frozen=True)
+class RolloutState:
+  """A video in the making.
+
+  Attributes:
+    block: index of the next block.
+    states: host account, one a sample.
+    caches: one a guidance branch.
+    history: (block, latents `[B, F, H, W, C]`) of every block that some sample still caches.
+  """
+
+  block: int
+  states: States
+  caches: Caches
+  history: tuple[tuple[int, Array], ...] = ()
+
+
+def _shapes(tree: PyTree) -> PyTree:
+  """The tree with arrays replaced by their shapes and dtypes."""
+  return jax.tree.map(lambda a: jax.ShapeDtypeStruct(np.shape(a), a.dtype), tree)
+
+
+class Engine:
+  """Executables for one batch size.
+
+  Args:
+    denoiser: network, solver, guidance, ops.
+    experiment: checked experiment; gives all sizes and the policy.
+    params: parameters or their shapes.
+    batch: B.
+  """
+
+  def __init__(self, denoiser: Denoiser, experiment: Experiment, params: PyTree, batch: int):
+    self.denoiser, self.experiment, self.batch = denoiser, experiment, batch
+    self.schedule = Schedule.of(experiment)
+    self.branches = 2 if denoiser.guidance != 1.0 else 1
+    model = experiment.model
+    self.block_shape = (
+      batch,
+      model.block_latents,
+      experiment.latent_height,
+      experiment.latent_width,
+      model.vae.latent_channels,
+    )
+    self._compile(_shapes(params))
+
+  def _compile(self, params: PyTree) -> None:
+    caches = jax.eval_shape(self._empty)
+    latents = jax.ShapeDtypeStruct(self.block_shape, jnp.float32)
+    mask = jax.ShapeDtypeStruct(self.block_shape[:2], jnp.bool_)
+    text = self.experiment.model.text
+    prompts = jax.ShapeDtypeStruct((self.batch, text.length, text.width), jnp.float32)
+
+    def text_kv(params: PyTree, prompts: Array) -> TextKV:
+      return self.denoiser.network.bind(params).text_kv(prompts, self.denoiser.ops)
+
+    self.text_kv = jax.jit(text_kv).lower(params, prompts).compile()
+    texts = (jax.eval_shape(text_kv, params, prompts),) * self.branches
+    denoise = jax.jit(self.denoiser.denoise, donate_argnums=(3,))
+    commit = jax.jit(self.denoiser.commit, donate_argnums=(3,))
+    self.denoise, self.commit = {}, {}
+    for level in range(1, self.schedule.window.slots + 1):
+      filled = SlotState(tuple(range(level)), (0.0,) * level)
+      tables = self.schedule.tables((SampleState(filled),) * self.batch, [0] * self.batch)
+      shapes = _shapes(tables)
+      args = (params, latents, texts, caches, shapes, latents, mask)
+      self.denoise[level] = denoise.lower(*args).compile()
+      self.commit[level] = commit.lower(params, latents, texts, caches, shapes).compile()
+    self.empty = jax.jit(self._empty).lower().compile()
+    rows = jax.ShapeDtypeStruct((self.batch,), jnp.bool_)
+    self.copy = jax.jit(functools.partial(jax.tree.map, jnp.copy)).lower(caches).compile()
+    self.select = jax.jit(_select, donate_argnums=(1,)).lower(rows, caches, caches).compile()
+
+  def _empty(self) -> Caches:
+    model = self.experiment.model
+    tokens = model.block_latents * self.experiment.latent_tokens
+    cache = functools.partial(
+      empty_cache,
+      model.layers,
+      self.batch,
+      self.schedule.window.slots,
+      tokens,
+      model.heads,
+      model.head_dim,
+      model.dtype,
+    )
+    return tuple(cache() for _ in range(self.branches))
+
+  def start(self) -> RolloutState:
+    """State before the first block."""
+    return RolloutState(0, (SampleState(),) * self.batch, self.empty())
+
+  def next_block(
+    self,
+    params: PyTree,
+    state: RolloutState,
+    noise: Array,
+    texts: Texts,
+    cut: Sequence[bool],
+    known: Array,
+    known_mask: Array,
+  ) -> tuple[Array, RolloutState]:
+    """Samples one block and leaves its clean keys and values in the cache.
+
+    Args:
+      params: of the network.
+      state: before the block; its caches are donated.
+      noise: `[B, F, H, W, C]` float32.
+      texts: text keys and values of the block's prompts, one a branch.
+      cut: per sample, whether the block begins a new shot.
+      known, known_mask: given latents, see `Denoiser.denoise`.
+
+    Returns:
+      (latents `[B, F, H, W, C]` float32, next state).
+    """
+    states, tables = self.schedule.enter(state.states, state.block, cut)
+    latents, caches = self.denoise[tables.level](
+      params, noise, texts, state.caches, tables, known, known_mask
+    )
+    state = dataclasses.replace(state, states=states, caches=caches)
+    return latents, self._settle(params, state, latents, texts, cut)
+
+  def absorb(
+    self, params: PyTree, state: RolloutState, latents: Array, texts: Texts, cut: Sequence[bool]
+  ) -> RolloutState:
+    """Takes a given block into the cache, as if it had been sampled."""
+    states, _ = self.schedule.enter(state.states, state.block, cut)
+    state = dataclasses.replace(state, states=states)
+    return self._settle(params, state, latents, texts, cut)
+
+  def _settle(
+    self, params: PyTree, state: RolloutState, latents: Array, texts: Texts, cut: Sequence[bool]
+  ) -> RolloutState:
+    _, after, tables = self.schedule.settle(state.states, state.block, cut)
+    caches = self.commit[tables.level](params, latents, texts, state.caches, tables)
+    cached = {block for sample in after for block in sample.slots.blocks}
+    history = (*state.history, (state.block, latents))
+    history = tuple((block, value) for block, value in history if block in cached)
+    return RolloutState(state.block + 1, after, caches, history)
+
+  def recache(
+    self, params: PyTree, state: RolloutState, texts: Texts, rows: Sequence[bool]
+  ) -> RolloutState:
+    """Runs the cached blocks again under new prompts, in the samples that `rows` names.
+
+    The sink stays as it is; the other cached blocks are run in order, clean at timestep 0, each
+    seeing the sink and the blocks already redone. Positions and pins stay.
+    """
+    window, history = self.schedule.window, dict(state.history)
+    todo = [
+      sorted(b for b in s.slots.blocks if b >= window.sink) if row else []
+      for s, row in zip(state.states, rows, strict=True)
+    ]
+    before, caches = state.states, state.caches
+    states = tuple(
+      SampleState(keep_sink(s.slots, window), s.cuts) if row else s
+      for s, row in zip(before, rows, strict=True)
+    )
+    for turn in range(max(map(len, todo))):
+      active = np.asarray([turn < len(blocks) for blocks in todo])
+      states, slots, clean = self._readmit(states, before, todo, turn, history)
+      tables = self.schedule.tables(states, slots)
+      old = self.copy(caches) if self.batch > 1 else caches
+      new = self.commit[tables.level](params, clean, texts, old, tables)
+      caches = self.select(active, new, caches) if self.batch > 1 else new
+    states = tuple(
+      dataclasses.replace(s, slots=dataclasses.replace(s.slots, pin=b.slots.pin))
+      for s, b in zip(states, before, strict=True)
+    )
+    return dataclasses.replace(state, states=states, caches=caches)
+
+  def _readmit(
+    self, states: States, before: States, todo: list[list[int]], turn: int, history: dict[int, Any]
+  ) -> tuple[States, list[int], np.ndarray]:
+    """Gives the turn's block of each sample its new slot, and gathers the clean latents."""
+    clean = np.zeros(self.block_shape, np.float32)
+    slots, entered = [], []
+    for row, (state, old, blocks) in enumerate(zip(states, before, todo, strict=True)):
+      slot = 0
+      if turn < len(blocks):
+        block = blocks[turn]
+        position = old.slots.positions[old.slots.blocks.index(block)]
+        block_slots = dataclasses.replace(
+          state.slots,
+          blocks=(*state.slots.blocks, block),
+          positions=(*state.slots.positions, position),
+        )
+        state, slot = SampleState(block_slots, state.cuts), block_slots.level - 1
+        clean[row] = np.asarray(history[block][row])
+      entered.append(state)
+      slots.append(slot)
+    return tuple(entered), slots, clean
+
+
+def _select(rows: Array, new: Caches, old: Caches) -> Caches:
+  """Caches whose samples come from `new` where rows `[B]` is true, else from `old`."""
+
+  def pick(a: Array, b: Array) -> Array:
+    return jnp.where(rows.reshape(1, -1, *(1,) * (a.ndim - 2)), a, b)
+
+  return jax.tree.map(pick, new, old)

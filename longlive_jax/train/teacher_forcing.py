@@ -1,0 +1,124 @@
+"""The autoregressive objective: every block is denoised given the clean blocks before it.
+
+The network sees [context | target] of the same clip in one pass; the loss is the weighted squared
+error of the velocity, `w(t) |v - (noise - clean)|^2`, with one noise level a block.
+
+Source: spec/training.md section 3.
+"""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax.tree_util import register_dataclass
+
+from longlive_jax.model import flow
+from longlive_jax.model.attention import TeacherForcing
+from longlive_jax.model.module import Network
+from longlive_jax.model.ops import REFERENCE, Ops
+from longlive_jax.types import Array, PyTree
+
+
+@functools.partial(
+  register_dataclass,
+  data_fields=["clean", "noise", "timesteps", "prompts", "first", "context_timesteps", "mask"],
+  meta_fields=["pieces"],
+)
+@dataclasses.dataclass(frozen=True)
+class Batch:
+  """Everything one evaluation of the objective needs.
+
+  Attributes:
+    clean: latents `[B, F, H, W, C]` float32.
+    noise: same shape.
+    timesteps: `[B, F]` float32 from the training table, equal within a block.
+    prompts: embeddings `[B * P, L, E_text]`, sample-major.
+    pieces: P, prompts a sample.
+    first: image-to-video: the given first latent `[B, 1, H, W, C]`; it carries no loss.
+    context_timesteps: noise level of the context `[B, F]`; None = clean, labelled 0.
+    mask: `[B, F]`, weight of each latent in the loss; None = all.
+  """
+
+  clean: Array
+  noise: Array
+  timesteps: Array
+  prompts: Array
+  pieces: int = 1
+  first: Array | None = None
+  context_timesteps: Array | None = None
+  mask: Array | None = None
+
+
+def block_timesteps(
+  key: Array, batch: int, latents: int, block_latents: int, table: flow.Table
+) -> Array:
+  """Draws one level of the table for each block: `[B, F]` float32 timesteps."""
+  size = table.timesteps.shape[0]
+  index = jax.random.randint(key, (batch, latents // block_latents), 0, size)
+  return jnp.repeat(jnp.asarray(table.timesteps)[index], block_latents, 1)
+
+
+def loss_mask(batch: Batch) -> Array | None:
+  """Mask of the loss with the given first latent taken out; None = every latent counts."""
+  if batch.first is None:
+    return batch.mask
+  mask = jnp.ones_like(batch.timesteps) if batch.mask is None else batch.mask
+  return mask.at[:, 0].set(0.0)
+
+
+def objective(
+  network: Network,
+  params: PyTree,
+  batch: Batch,
+  plan: TeacherForcing,
+  table: flow.Table,
+  ops: Ops = REFERENCE,
+  remat: bool = False,
+) -> tuple[Array, Array]:
+  """Loss and clean estimate of one batch.
+
+  Args:
+    network: declared DiT.
+    params: its parameters.
+    batch: inputs and random numbers.
+    plan: teacher-forcing plan for F latents.
+    table: training table of the schedule.
+    ops: matmul, attend, norm.
+    remat: recompute layers in the backward pass.
+
+  Returns:
+    (loss scalar float32, clean estimate `[B, F, H, W, C]`).
+  """
+  timesteps, context, times = batch.timesteps, batch.clean, batch.context_timesteps
+  noisy = flow.add_noise(batch.clean, batch.noise, flow.sigma_at(table, timesteps))
+  target = flow.velocity_target(batch.clean, batch.noise)
+  if times is not None:
+    context = flow.add_noise(batch.clean, batch.noise, flow.sigma_at(table, times))
+  weights = flow.weight_at(table, timesteps)
+  sigmas = flow.sigma_at(table, timesteps)
+  if batch.first is not None:
+    noisy, context = (x.at[:, :1].set(batch.first) for x in (noisy, context))
+    target = target.at[:, 0].set(0.0)
+    timesteps = timesteps.at[:, 0].set(0.0)
+    sigmas = sigmas.at[:, 0].set(flow.sigma_at(table, 0.0))
+    times = None if times is None else times.at[:, 0].set(0.0)
+  model = network.bind(params)
+  velocity, _ = model(
+    noisy,
+    timesteps,
+    model.text_kv(batch.prompts, ops),
+    plan,
+    context=context,
+    context_timesteps=times,
+    pieces=batch.pieces,
+    remat=remat,
+    ops=ops,
+  )
+  error = jnp.mean((velocity - target) ** 2, (2, 3, 4)) * weights
+  mask = loss_mask(batch)
+  if mask is None:
+    loss = jnp.mean(error)
+  else:
+    loss = jnp.sum(error * mask) / jnp.maximum(jnp.sum(mask), 1.0)
+  return loss, flow.to_clean(noisy, velocity, sigmas)
