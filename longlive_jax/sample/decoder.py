@@ -1,0 +1,91 @@
+"""The VAE around a rollout: blocks of latents to frames with carried state, images to latents."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from longlive_jax.model.module import Network
+from longlive_jax.model.vae import from_uint8, to_uint8
+from longlive_jax.types import Array, PyTree
+
+
+class Decoder:
+  """Executables that decode blocks of one shape.
+
+  Args:
+    network: declared VAE.
+    params: its parameters.
+    block_shape: `(B, F, H, W, C)` of a block's latents.
+  """
+
+  def __init__(self, network: Network, params: PyTree, block_shape: tuple[int, ...]):
+    self.network, self.params, self.block_shape = network, params, block_shape
+    latents = jax.ShapeDtypeStruct(block_shape, jnp.float32)
+
+    def first(params: PyTree, latents: Array) -> tuple[Array, Any]:
+      video, state = network.bind(params).decode_start(latents)
+      return to_uint8(video), state
+
+    def later(params: PyTree, latents: Array, state: Any) -> tuple[Array, Any]:
+      video, state = network.bind(params).decode_next(latents, state)
+      return to_uint8(video), state
+
+    self._first = jax.jit(first).lower(params, latents).compile()
+    state = jax.eval_shape(first, params, latents)[1]
+    decode = jax.jit(later, donate_argnums=(2,))
+    self._later = decode.lower(params, latents, state).compile()
+    self._encode: Any = None
+
+  def decode(self, latents: Array, state: Any) -> tuple[Array, Any]:
+    """Decodes the next block.
+
+    Args:
+      latents: `[B, F, H, W, C]` normalised.
+      state: carried state, donated; None at the start of a video.
+
+    Returns:
+      (frames uint8 `[B, T, H, W, 3]`, state).
+    """
+    if state is None:
+      return self._first(self.params, latents)
+    return self._later(self.params, latents, state)
+
+  def encode_images(self, images: np.ndarray) -> np.ndarray:
+    """Latents `[B, 1, h, w, C]` of images uint8 `[B, H, W, 3]`; compiled at the first use.
+
+    Raises:
+      ValueError: images of another number or size.
+    """
+    batch, _, height, width, _ = self.block_shape
+    expected = (batch, 16 * height, 16 * width, 3)
+    if images.shape != expected or images.dtype != np.uint8:
+      raise ValueError(f"images are {images.dtype} {images.shape}; they must be uint8 {expected}")
+    if self._encode is None:
+
+      def encode(params: PyTree, images: Array) -> Array:
+        return self.network.bind(params).encode(from_uint8(images[:, None]))
+
+      shapes = jax.ShapeDtypeStruct(images.shape, images.dtype)
+      self._encode = jax.jit(encode).lower(self.params, shapes).compile()
+    return np.asarray(self._encode(self.params, images))
+
+
+def encode_frames(
+  network: Network, params: PyTree, frames: np.ndarray, group: int = 32
+) -> np.ndarray:
+  """Latents `[F, h, w, C]` of a video uint8 `[4 F - 3, H, W, 3]`, `group` frames at a time."""
+
+  def first(params: PyTree, video: Array) -> tuple[Array, Any]:
+    return network.bind(params).encode_first(from_uint8(video[None]))
+
+  def later(params: PyTree, video: Array, state: Any) -> tuple[Array, Any]:
+    return network.bind(params).encode_next(from_uint8(video[None]), state)
+
+  latents, state = jax.jit(first)(params, frames[:1])
+  parts, step = [np.asarray(latents[0])], jax.jit(later, donate_argnums=(2,))
+  for start in range(1, len(frames), group):
+    latents, state = step(params, frames[start : start + group], state)
+    parts.append(np.asarray(latents[0]))
+  return np.concatenate(parts)

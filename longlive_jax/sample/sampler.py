@@ -1,0 +1,274 @@
+"""Scripts in, frames out: the sampler that the command line, evaluation and servers use.
+
+`Sampler.prepare` compiles everything for a batch size; after that any script of any length runs
+without compiling. Frames leave block by block, so memory does not grow with the length.
+
+    for frames in sampler.stream(script):   # uint8 [29, H, W, 3], then [32, H, W, 3], ...
+      ...
+
+Noise is keyed by (seed, index of the script, block): the same script gives the same video
+whatever else is in its batch.
+"""
+
+import collections
+import dataclasses
+import itertools
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from longlive_jax.config import Experiment
+from longlive_jax.data.prompts import BlockPrompt, Script, expand
+from longlive_jax.model import solvers
+from longlive_jax.model.module import Network
+from longlive_jax.model.ops import REFERENCE, Ops
+from longlive_jax.model.tokenizer import Tokenizer
+from longlive_jax.sample.block import Denoiser
+from longlive_jax.sample.decoder import Decoder, encode_frames
+from longlive_jax.sample.rollout import Engine, RolloutState
+from longlive_jax.types import Array, PyTree
+
+PROMPTS_KEPT = 64  # embeddings of the last prompts stay in memory
+
+
+@dataclasses.dataclass(frozen=True)
+class Models:
+  """Networks with their parameters.
+
+  Attributes:
+    experiment: checked experiment.
+    dit, vae, text: declared networks.
+    params: {"dit": ..., "vae": ..., "text": ...}.
+    tokenizer: of the text encoder.
+    ops: how the transformer multiplies, attends and normalises.
+  """
+
+  experiment: Experiment
+  dit: Network
+  vae: Network
+  text: Network
+  params: dict[str, PyTree]
+  tokenizer: Tokenizer
+  ops: Ops = REFERENCE
+
+
+@dataclasses.dataclass(frozen=True)
+class Compiled:
+  """Executables for one batch size."""
+
+  engine: Engine
+  decoder: Decoder
+  noise: Any
+
+
+class Sampler:
+  """Generates videos from scripts.
+
+  Args:
+    models: networks and parameters.
+  """
+
+  def __init__(self, models: Models):
+    self.models = models
+    self.experiment = models.experiment
+    self._compiled: dict[int, Compiled] = {}
+    self._embeddings: collections.OrderedDict[str, np.ndarray] = collections.OrderedDict()
+    self._encode_text: Any = None
+
+  def prepare(self, batch: int = 1) -> Compiled:
+    """Compiles everything that videos of this batch size need; a second call is free."""
+    if batch not in self._compiled:
+      models, sample = self.models, self.experiment.sample
+      plan = solvers.plan(sample.solver, sample.steps, self.experiment.model.shift)
+      denoiser = Denoiser(models.dit, self.experiment.model, plan, sample.guidance, models.ops)
+      engine = Engine(denoiser, self.experiment, models.params["dit"], batch)
+      decoder = Decoder(models.vae, models.params["vae"], engine.block_shape)
+      seeds = jax.ShapeDtypeStruct((batch,), jnp.uint32)
+      block = jax.ShapeDtypeStruct((), jnp.int32)
+      draw = jax.jit(lambda s, i, b: block_noise(s, i, b, engine.block_shape[1:]))
+      noise = draw.lower(seeds, seeds, block).compile()
+      self._compiled[batch] = Compiled(engine, decoder, noise)
+    if self._encode_text is None:
+      self._encode_text = self._compile_text()
+    return self._compiled[batch]
+
+  def _compile_text(self) -> Any:
+    ids = jax.ShapeDtypeStruct((1, self.experiment.model.text.length), jnp.int32)
+
+    def encode(params: PyTree, ids: Array, mask: Array) -> Array:
+      return self.models.text.bind(params)(ids, mask).astype(jnp.float32)
+
+    return jax.jit(encode).lower(self.models.params["text"], ids, ids).compile()
+
+  def embed(self, prompt: str) -> np.ndarray:
+    """Embedding `[L, E_text]` float32 of a prompt; the last few are remembered.
+
+    Raises:
+      ValueError: the prompt has more tokens than `model.text.length`.
+    """
+    if prompt not in self._embeddings:
+      ids, mask = self.models.tokenizer([prompt])
+      out = self._encode_text(self.models.params["text"], ids, mask)
+      self._embeddings[prompt] = np.asarray(out)[0]
+      while len(self._embeddings) > PROMPTS_KEPT:
+        self._embeddings.popitem(last=False)
+    self._embeddings.move_to_end(prompt)
+    return self._embeddings[prompt]
+
+  def generate(self, script: Script, **options: Any) -> np.ndarray:
+    """The whole video of a script, uint8 `[T, H, W, 3]`; options as for `stream`."""
+    return np.concatenate(list(self.stream(script, **options)))
+
+  def stream(self, script: Script, **options: Any) -> Iterator[np.ndarray]:
+    """Yields the frames of one script block by block; see `stream_batch`."""
+    for frames in self.stream_batch([script], **options):
+      yield frames[0]
+
+  def stream_batch(
+    self,
+    scripts: Sequence[Script],
+    *,
+    first_index: int = 0,
+    images: Array | np.ndarray | None = None,
+    prefix: Array | np.ndarray | None = None,
+  ) -> Iterator[np.ndarray]:
+    """Yields the frames of several scripts block by block.
+
+    Args:
+      scripts: with equal numbers of blocks; prompts, cuts and seeds may differ.
+      first_index: index of the first script, part of the noise's key.
+      images: image-to-video: `[B, H, W, 3]` uint8, the first frame of each video.
+      prefix: video extension: latents `[B, P * F, H, W, C]` that come before the script, whole
+        blocks; their frames are yielded too.
+
+    Yields:
+      uint8 `[B, T, H, W, 3]`; T is 4 F - 3 for the first block of F latents and 4 F after.
+
+    Raises:
+      ValueError: scripts of different lengths, a prompt too long, or shapes that do not fit.
+    """
+    latents = self.latent_blocks(scripts, first_index=first_index, images=images, prefix=prefix)
+    decoder = self.prepare(len(scripts)).decoder
+    state, waiting = None, None
+    for block in latents:
+      frames, state = decoder.decode(block, state)
+      if waiting is not None:
+        yield np.asarray(waiting)
+      waiting = frames
+    yield np.asarray(waiting)
+
+  def latent_blocks(
+    self,
+    scripts: Sequence[Script],
+    *,
+    first_index: int = 0,
+    images: Array | np.ndarray | None = None,
+    prefix: Array | np.ndarray | None = None,
+  ) -> Iterator[Array]:
+    """Yields the latents `[B, F, H, W, C]` of each block; arguments as for `stream_batch`."""
+    plans = self.plan(scripts)
+    run = self.prepare(len(scripts))
+    shape, params = run.engine.block_shape, self.models.params["dit"]
+    known, mask = np.zeros(shape, np.float32), np.zeros(shape[:2], bool)
+    if images is not None:
+      known[:, :1] = run.decoder.encode_images(np.asarray(images))
+      mask[:, 0] = True
+    seeds = [self.experiment.sample.seed if s.seed is None else s.seed for s in scripts]
+    seeds = np.asarray(seeds, np.uint32)
+    indices = np.arange(first_index, first_index + len(scripts), dtype=np.uint32)
+    state, texts, prompts = run.engine.start(), (), None
+    if prefix is not None:
+      texts = self._texts(run, [plan[0].prompt for plan in plans])
+      for block in split_blocks(np.asarray(prefix, np.float32), shape):
+        state = run.engine.absorb(params, state, block, texts, [False] * len(plans))
+        yield jnp.asarray(block)
+    for entries in zip(*plans, strict=True):
+      if prompts != [entry.prompt for entry in entries]:
+        prompts = [entry.prompt for entry in entries]
+        texts = self._texts(run, prompts)
+      rows = [entry.transition == "recache" for entry in entries]
+      if any(rows):
+        state = run.engine.recache(params, state, texts, rows)
+      noise = run.noise(seeds, indices, np.int32(state.block))
+      cut = [entry.transition == "cut" for entry in entries]
+      latents, state = run.engine.next_block(params, state, noise, texts, cut, known, mask)
+      mask = np.zeros_like(mask)
+      yield latents
+
+  def encode_video(self, frames: np.ndarray) -> np.ndarray:
+    """Latents `[F, h, w, C]` of a video uint8 `[T, H, W, 3]`, to be extended.
+
+    The last frames that do not fill a block of latents are left out.
+
+    Raises:
+      ValueError: fewer frames than one block.
+    """
+    block = self.experiment.model.block_latents
+    blocks = (len(frames) + 3) // (4 * block)
+    if blocks == 0:
+      raise ValueError(
+        f"the video to extend has {len(frames)} frames; it must have at least {4 * block - 3}"
+      )
+    return encode_frames(
+      self.models.vae, self.models.params["vae"], frames[: 4 * block * blocks - 3]
+    )
+
+  def plan(self, scripts: Sequence[Script]) -> list[tuple[BlockPrompt, ...]]:
+    """Prompts and transitions of every block, checked before anything is computed.
+
+    Raises:
+      ValueError: no script, or scripts of different lengths, or a prompt that is too long.
+    """
+    if not scripts:
+      raise ValueError("at least one script is needed")
+    sample, model = self.experiment.sample, self.experiment.model
+    fps = self.experiment.video.fps
+    plans = [tuple(expand(s, fps, model.block_latents, sample.cut_prefix)) for s in scripts]
+    lengths = sorted({len(plan) for plan in plans})
+    if len(lengths) > 1:
+      raise ValueError(
+        f"scripts of one batch must have equal numbers of blocks, found {lengths};"
+        " generate them one by one or change their blocks"
+      )
+    self.models.tokenizer(sorted({e.prompt for e in itertools.chain(*plans)}))
+    return plans
+
+  def _texts(self, run: Compiled, prompts: Sequence[str]) -> tuple[Any, ...]:
+    params = self.models.params["dit"]
+    texts = [run.engine.text_kv(params, np.stack([self.embed(p) for p in prompts]))]
+    if run.engine.branches > 1:
+      negative = self.embed(self.experiment.sample.negative_prompt)
+      texts.append(run.engine.text_kv(params, np.stack([negative] * len(prompts))))
+    return tuple(texts)
+
+
+def block_noise(seeds: Array, indices: Array, block: Array, shape: tuple[int, ...]) -> Array:
+  """Noise `[B, *shape]` float32 of one block, keyed by (seed, index, block) of each sample."""
+
+  def one(seed: Array, index: Array) -> Array:
+    key = jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), index), block)
+    return jax.random.normal(key, shape, jnp.float32)
+
+  return jax.vmap(one)(seeds, indices)
+
+
+def split_blocks(latents: np.ndarray, block_shape: tuple[int, ...]) -> list[np.ndarray]:
+  """Cuts latents `[B, P * F, H, W, C]` into P blocks of `block_shape`.
+
+  Raises:
+    ValueError: another shape, or not a whole number of blocks.
+  """
+  batch, block, *rest = block_shape
+  fits = latents.ndim == 5 and latents.shape[0] == batch and list(latents.shape[2:]) == rest
+  if not fits or latents.shape[1] % block or latents.shape[1] == 0:
+    raise ValueError(
+      f"prefix has shape {latents.shape}; it must be ({batch}, a multiple of"
+      f" model.block_latents={block}, {', '.join(map(str, rest))})"
+    )
+  return np.split(latents, latents.shape[1] // block, 1)
+
+
+__all__ = ["Compiled", "Models", "RolloutState", "Sampler", "block_noise", "split_blocks"]

@@ -1,0 +1,153 @@
+"""Clips of the shapes world as training data: rendered on the device, kept as latents.
+
+A bank holds long clips. A training sample takes a few blocks of one clip: its first blocks, or
+the set of blocks that a late block of a rollout would see (sink, pin, most recent), at their true
+positions, so that training and sampling attend over the same distances.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.tree_util import register_dataclass
+
+from longlive_jax.config import Data, Experiment
+from longlive_jax.data import shapes
+from longlive_jax.model.kv_cache import SlotState, Window, admit, pin_block
+from longlive_jax.types import Array
+
+
+@functools.partial(
+  register_dataclass,
+  data_fields=["latents", "tokens", "masks", "visible", "positions"],
+  meta_fields=[],
+)
+@dataclasses.dataclass(frozen=True)
+class Bank:
+  """N long clips.
+
+  Attributes:
+    latents: `[N, blocks, F_b, H, W, C]` normalised.
+    tokens: int32 `[N, blocks, L]`, the prompt of each block.
+    masks: int32 `[N, blocks, L]`, 1 at real tokens.
+    visible: int32 `[N, blocks, K]`: the blocks a late block attends to, itself last.
+    positions: float32 `[N, blocks]`, first temporal position of each block, cuts included.
+  """
+
+  latents: Array
+  tokens: Array
+  masks: Array
+  visible: Array
+  positions: Array
+
+
+def random_shots(rng: np.random.Generator, blocks: int, most: int) -> list[int]:
+  """Lengths of 1 to `most` shots, in blocks, that fill a clip; at least one block each."""
+  count = int(rng.integers(1, min(most, blocks) + 1))
+  borders = np.sort(rng.choice(np.arange(1, blocks), count - 1, replace=False))
+  return np.diff([0, *borders, blocks]).tolist()
+
+
+def visible_blocks(cuts: Sequence[int], blocks: int, window: Window, pin: bool) -> np.ndarray:
+  """Blocks each block attends to, `[blocks, K]` in order of time; rows before K - 1 hold 0."""
+  state, rows = SlotState(), np.zeros((blocks, window.slots), np.int32)
+  for block in range(blocks):
+    state, _ = admit(state, block, 0.0, window)
+    if state.level == window.slots:
+      rows[block] = sorted(state.blocks)
+    state = pin_block(state, block) if pin and block in cuts else state
+  return rows
+
+
+def make_clips(
+  experiment: Experiment, count: int, seed: int
+) -> tuple[list[shapes.ClipSpec], list[list[int]]]:
+  """Draws long clips: their specifications and the lengths of their shots in blocks."""
+  rng = np.random.default_rng(seed)
+  data, block_latents = experiment.data, experiment.model.block_latents
+  specs, lengths = [], []
+  for _ in range(count):
+    shots = random_shots(rng, data.clip_blocks, data.max_shots)
+    frames = shapes.shot_frames(shots, block_latents)
+    specs.append(shapes.sample_clip(rng, frames, experiment.video))
+    lengths.append(shots)
+  return specs, lengths
+
+
+def make_bank(
+  experiment: Experiment,
+  encode: Callable[[Array], Array],
+  tokenize: Callable[[list[str]], tuple[np.ndarray, np.ndarray]],
+  group: int = 16,
+) -> Bank:
+  """Renders and encodes `data.clips` clips.
+
+  Args:
+    experiment: checked experiment.
+    encode: video `[b, T, H, W, 3]` in [-1, 1] -> normalised latents `[b, F, h, w, C]`.
+    tokenize: prompts -> (ids, mask) `[n, L]`.
+    group: clips encoded at a time.
+  """
+  data, sample, f = experiment.data, experiment.sample, experiment.model.block_latents
+  specs, lengths = make_clips(experiment, data.clips, data.seed)
+  packed = shapes.pack(specs)
+  frames = jnp.arange(4 * f * data.clip_blocks - 3)
+  video = experiment.video
+
+  def one(group_of: Any) -> Array:
+    draw = functools.partial(
+      shapes.render_packed, frame_indices=frames, height=video.height, width=video.width
+    )
+    return encode(jax.vmap(draw)(group_of)).astype(jnp.bfloat16)
+
+  groups = jax.tree.map(lambda a: jnp.asarray(a).reshape(-1, group, *a.shape[1:]), packed)
+  latents = jax.jit(functools.partial(jax.lax.map, one))(groups)
+  latents = latents.reshape(data.clips, data.clip_blocks, f, *latents.shape[3:])
+  prompts: list[str] = []
+  visible, positions = [], []
+  window = Window(sample.window_latents // f, sample.sink_latents // f)
+  for spec, shots in zip(specs, lengths, strict=True):
+    cuts = np.cumsum(shots)[:-1].tolist()
+    shot_of = np.repeat(np.arange(len(shots)), shots)
+    captions = [shot.caption() for shot in spec.shots]
+    prompts += [
+      (sample.cut_prefix if block in cuts else "") + captions[shot]
+      for block, shot in enumerate(shot_of)
+    ]
+    visible.append(visible_blocks(cuts, data.clip_blocks, window, sample.pin_shots))
+    positions.append(np.arange(data.clip_blocks) * f + shot_of * sample.shot_offset_latents)
+  ids, mask = tokenize(prompts)
+  shape = (data.clips, data.clip_blocks, -1)
+  return Bank(
+    latents,
+    jnp.asarray(ids).reshape(shape),
+    jnp.asarray(mask).reshape(shape),
+    jnp.asarray(np.stack(visible)),
+    jnp.asarray(np.stack(positions), jnp.float32),
+  )
+
+
+def choose(key: Array, bank: Bank, batch: int, data: Data) -> tuple[Array, Array]:
+  """Draws `batch` samples: clips `[B]` and the blocks `[B, data.blocks]` taken of each."""
+  pick, far, late = jax.random.split(key, 3)
+  clips, blocks = bank.visible.shape[:2]
+  clip = jax.random.randint(pick, (batch,), 0, clips)
+  last = jax.random.randint(late, (batch,), data.blocks, blocks)
+  is_far = jax.random.uniform(far, (batch, 1)) < data.far_share
+  return clip, jnp.where(is_far, bank.visible[clip, last], jnp.arange(data.blocks))
+
+
+def vae_clips(experiment: Experiment, count: int) -> Any:
+  """Packed specifications of short clips, half of them with a cut at a latent's border."""
+  rng = np.random.default_rng(experiment.data.seed)
+  frames = 4 * experiment.data.vae_latents - 3
+  specs = []
+  for _ in range(count):
+    cut = 4 * int(rng.integers(1, experiment.data.vae_latents)) - 3
+    shots = [cut, frames - cut] if rng.random() < 0.5 else [frames]
+    specs.append(shapes.sample_clip(rng, shots, experiment.video))
+  return shapes.pack(specs)

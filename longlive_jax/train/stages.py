@@ -1,0 +1,131 @@
+"""The two stages of a single-device training run: "vae", then "ar".
+
+Each returns trained parameters; the loop, the objective and the data are in their own modules.
+"""
+
+import functools
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import logging
+
+from longlive_jax.config import Experiment
+from longlive_jax.data import shapes
+from longlive_jax.model.attention import TeacherForcing, block_borders
+from longlive_jax.model.flow import training_table
+from longlive_jax.model.module import Network
+from longlive_jax.model.rope import expand, spatial_table, temporal_table
+from longlive_jax.sample.sampler import Models
+from longlive_jax.train import autoencoder, clips, teacher_forcing
+from longlive_jax.train.loop import run
+from longlive_jax.train.state import TrainState, apply_gradients, init_state, make_optimizer
+from longlive_jax.types import Array, PyTree
+
+STATISTICS_CLIPS = 256  # clips whose latents give the normalisation constants
+FARTHEST = 4096  # temporal positions that the table of a training run holds
+
+
+def train_vae(
+  experiment: Experiment, network: Network, params: PyTree, workdir: str | Path
+) -> PyTree:
+  """Trains the autoencoder on short clips of the shapes world.
+
+  Args:
+    experiment: checked experiment, `train.stage` "vae".
+    network: declared VAE.
+    params: where to start.
+    workdir: checkpoints and metrics.
+
+  Returns:
+    Averaged parameters, with the statistics of their latents set.
+  """
+  cfg, video = experiment.train, experiment.video
+  optimizer = make_optimizer(cfg)
+  packed = jax.tree.map(jnp.asarray, clips.vae_clips(experiment, experiment.data.clips))
+  frames = jnp.arange(4 * experiment.data.vae_latents - 3)
+  draw = functools.partial(
+    shapes.render_packed, frame_indices=frames, height=video.height, width=video.width
+  )
+
+  @functools.partial(jax.jit, donate_argnums=0)
+  def step(state: TrainState) -> tuple[TrainState, dict[str, Array]]:
+    key = jax.random.fold_in(jax.random.key(cfg.seed), state.step)
+    pick, noise = jax.random.split(key)
+    rows = jax.random.randint(pick, (cfg.batch,), 0, experiment.data.clips)
+    batch = jax.vmap(draw)(jax.tree.map(lambda a: a[rows], packed))
+    loss = functools.partial(autoencoder.objective, network)
+    grad = jax.value_and_grad(loss, has_aux=True)
+    (value, metrics), gradients = grad(state.params, batch, noise, cfg.kl_weight)
+    return apply_gradients(state, gradients, optimizer, cfg), {"loss": value, **metrics}
+
+  state = run(experiment, workdir, init_state(params, optimizer), step)
+  encode = jax.jit(lambda p, rows: network.bind(p).moments(jax.vmap(draw)(rows))[0])
+  groups = min(STATISTICS_CLIPS, experiment.data.clips) // cfg.batch
+  means = [
+    np.asarray(encode(state.ema, jax.tree.map(lambda a, i=i: a[i : i + cfg.batch], packed)))
+    for i in range(0, max(groups, 1) * cfg.batch, cfg.batch)
+  ]
+  return autoencoder.with_statistics(state.ema, jnp.asarray(np.concatenate(means)))
+
+
+def train_ar(experiment: Experiment, models: Models, workdir: str | Path) -> PyTree:
+  """Trains the transformer with teacher forcing on a bank of latents of the shapes world.
+
+  Args:
+    experiment: checked experiment, `train.stage` "ar".
+    models: the trained VAE, the frozen text encoder and where the transformer starts.
+    workdir: checkpoints and metrics.
+
+  Returns:
+    Averaged parameters of the transformer.
+  """
+  optimizer = make_optimizer(experiment.train)
+  vae, params = models.vae, models.params["vae"]
+  bank = clips.make_bank(experiment, lambda video: vae.bind(params).encode(video), models.tokenizer)
+  logging.info("bank of %d clips, latents %s", experiment.data.clips, bank.latents.shape)
+  step = ar_step(experiment, models, optimizer)
+  state = init_state(models.params["dit"], optimizer)
+  return run(experiment, workdir, state, lambda s: step(s, bank)).ema
+
+
+def ar_step(experiment: Experiment, models: Models, optimizer: Any) -> Any:
+  """The jitted update `(state, bank) -> (state, metrics)` of stage "ar"."""
+  cfg, model, data = experiment.train, experiment.model, experiment.data
+  table = training_table(model.shift)
+  f, latents = model.block_latents, data.blocks * model.block_latents
+  rows, columns = (n // model.patch for n in (experiment.latent_height, experiment.latent_width))
+  space = spatial_table(rows, columns, model.head_dim, model.rope_theta)
+  turns = temporal_table(np.arange(FARTHEST), model.head_dim, model.rope_theta)
+  cos, sin = (jnp.asarray(turn[0]) for turn in turns)
+  borders = block_borders(latents, f, experiment.latent_tokens)
+
+  def loss(params: PyTree, batch: teacher_forcing.Batch, plan: TeacherForcing) -> Array:
+    return teacher_forcing.objective(models.dit, params, batch, plan, table, models.ops)[0]
+
+  @functools.partial(jax.jit, donate_argnums=0)
+  def step(state: TrainState, bank: clips.Bank) -> tuple[TrainState, dict[str, Array]]:
+    key = jax.random.fold_in(jax.random.key(cfg.seed), state.step)
+    pick, noise, levels = jax.random.split(key, 3)
+    clip, blocks = clips.choose(pick, bank, cfg.batch, data)
+    take = clip[:, None], blocks
+    clean = bank.latents[take].astype(jnp.float32)
+    clean = clean.reshape(cfg.batch, latents, *clean.shape[3:])
+    start = bank.positions[take].astype(jnp.int32)
+    positions = (start[..., None] + jnp.arange(f)).reshape(cfg.batch, latents)
+    plan = TeacherForcing(expand((cos[positions], sin[positions]), space), borders)
+    tokens, masks = (a[take].reshape(-1, a.shape[-1]) for a in (bank.tokens, bank.masks))
+    batch = teacher_forcing.Batch(
+      clean=clean,
+      noise=jax.random.normal(noise, clean.shape),
+      timesteps=teacher_forcing.block_timesteps(levels, cfg.batch, latents, f, table),
+      prompts=models.text.bind(models.params["text"])(tokens, masks),
+      pieces=data.blocks,
+      first=clean[:, :1] if cfg.first_latent else None,
+    )
+    value, gradients = jax.value_and_grad(loss)(state.params, batch, plan)
+    return apply_gradients(state, gradients, optimizer, cfg), {"loss": value}
+
+  return step
