@@ -1,0 +1,1 @@
+"""Experiments: each file defines `get_config(variant="") -> Experiment`."""

@@ -1,0 +1,30 @@
+"""Wan2.2-TI2V-5B made autoregressive: teacher forcing on 96 latents (12 blocks), stage 1.
+
+Variants: "" (text to video) and "i2v" (the first latent is given).
+"""
+
+from longlive_jax.checks import check_choice
+from longlive_jax.config.schema import Experiment
+
+
+def get_config(variant: str = "") -> Experiment:
+  """The 5B model for training; `variant` is "" or "i2v"."""
+  check_choice("variant of configs/wan5b_train.py", variant, ("", "i2v"))
+  config = Experiment(name="wan5b")
+  config.data.blocks = config.data.clip_blocks = 12
+  config.sample.steps = 50
+  config.sample.guidance = 3.0
+  config.sample.sink_latents = 0
+  train = config.train
+  train.stage = "ar"
+  train.steps = 600
+  train.batch = 8
+  train.lr = 1e-5
+  train.warmup_steps = 0
+  train.beta1, train.beta2 = 0.0, 0.999
+  train.weight_decay = 0.0
+  train.ema, train.ema_start_step = 0.99, 100
+  train.first_latent = variant == "i2v"
+  config.io.checkpoint_every_steps = 15
+  config.io.keep_checkpoints = 20
+  return config

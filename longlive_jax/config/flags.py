@@ -1,0 +1,140 @@
+"""Command lines: the `--config` flag, and mains whose errors are one line.
+
+`ml_collections.config_flags` parses the values; names and files are looked at first, because
+its own complaints are tracebacks.
+"""
+
+import importlib.util
+import re
+import signal
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from absl import app, flags
+from ml_collections import config_flags
+
+from longlive_jax.checks import suggest
+from longlive_jax.config.schema import Experiment
+from longlive_jax.config.walk import check_setting_name
+
+USER_ERRORS = (ValueError, OSError, flags.Error)
+TRACEBACK_FLAGS = ("--debug", "--v=1", "--verbosity=1")
+OVERRIDE = re.compile(r"--?(?:no)?config\.([^=]+)")
+
+
+def define_config_flag() -> flags.FlagHolder[Experiment]:
+  """Defines `--config=FILE.py[:VARIANT]` and its `--config.section.field=value`.
+
+  Call it at the top of a launch script and pass the value to `load.from_flags`. A second call
+  in one process gives the same flag.
+  """
+  if "config" in flags.FLAGS:
+    return flags.FlagHolder(flags.FLAGS, flags.FLAGS["config"])
+  return config_flags.DEFINE_config_file(
+    "config", None, "configuration file, and a variant after a colon", lock_config=False
+  )
+
+
+def config_file(path: str) -> Path:
+  """The configuration file at `path`, or the one of that name that is installed with us.
+
+  Raises:
+    FileNotFoundError: there is neither; suggests the nearest name.
+  """
+  if Path(path).is_file():
+    return Path(path)
+  spec = importlib.util.find_spec("configs")
+  folders = [Path(folder) for folder in (spec.submodule_search_locations or ())] if spec else []
+  for folder in folders:
+    if (folder.parent / path).is_file():
+      return folder.parent / path
+  known = [f"configs/{file.name}" for folder in folders for file in folder.glob("[a-z]*.py")]
+  raise FileNotFoundError(f"configuration file '{path}' does not exist{suggest(path, known)}")
+
+
+def run_main(main: Callable[[list[str]], object], *, default_config: str = "") -> None:
+  """Runs the main of a launch script, as `absl.app.run` does, and ends the process.
+
+  An error of the user (ValueError, OSError, a wrong flag) is one line on stderr and exit code 2;
+  `--debug` or `--v=1` shows its traceback. An interruption is exit code 130, SIGTERM 143; both
+  run all clean-up first.
+
+  Args:
+    main: called with the name of the program once flags are parsed.
+    default_config: what `--config` is when it is not given; empty: it must be given.
+  """
+  if "debug" not in flags.FLAGS:
+    flags.DEFINE_bool("debug", False, "show the traceback of an error")
+  signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+
+  def parse(argv: Sequence[str]) -> list[str]:
+    return one_line_errors(lambda: parse_flags(list(argv), default_config))
+
+  app.run(lambda argv: one_line_errors(lambda: main(argv)), flags_parser=parse)
+
+
+def one_line_errors[T](run: Callable[[], T]) -> T:
+  """Calls `run`; an error of the user becomes a line on stderr and exit code 2."""
+  try:
+    return run()
+  except USER_ERRORS as error:
+    if any(flag in sys.argv for flag in TRACEBACK_FLAGS):
+      raise
+    sys.stderr.write(f"error: {describe(error)}\n")
+    sys.exit(2)
+  except KeyboardInterrupt:
+    sys.stderr.write("interrupted\n")
+    sys.exit(130)
+
+
+def describe(error: BaseException) -> str:
+  """One line that tells what was wrong."""
+  if isinstance(error, flags.Error) and "\n" in str(error):  # it quotes a traceback
+    while error.__context__ is not None:
+      error = error.__context__
+  if isinstance(error, OSError) and error.strerror and error.filename:
+    return f"{error.filename}: {error.strerror}"
+  return " ".join(str(error).split()) or type(error).__name__
+
+
+def parse_flags(argv: list[str], default_config: str) -> list[str]:
+  """Parses all flags; returns what is left, the name of the program.
+
+  Raises:
+    ValueError: no or an unknown configuration, setting or variant, or a stray argument.
+    FileNotFoundError: there is no such configuration file.
+    flags.Error: a wrong flag or value.
+  """
+  if "config" in flags.FLAGS:
+    argv = with_config(argv, default_config)
+    for argument in argv:
+      if match := OVERRIDE.match(argument):
+        check_setting_name(match[1])
+  rest = flags.FLAGS(argv)
+  if len(rest) > 1:
+    raise ValueError(f"unexpected argument '{rest[1]}'; flags are written --name=value")
+  return rest
+
+
+def with_config(argv: list[str], default_config: str) -> list[str]:
+  """The arguments with the file of `--config` found, or with the default one put in front."""
+  for i, argument in enumerate(argv):
+    name, equals, value = argument.partition("=")
+    if name not in ("--config", "-config"):
+      continue
+    used = 1 if equals else 2
+    if not equals and len(argv) == i + 1:
+      raise ValueError("--config needs a file, such as --config=configs/tiny.py")
+    return [*argv[:i], located(value if equals else argv[i + 1]), *argv[i + used :]]
+  wants_help = any(argument.startswith(("--help", "-help", "-?")) for argument in argv)
+  if not default_config and not wants_help:
+    raise ValueError("--config is needed, such as --config=configs/tiny.py")
+  given = [located(default_config)] if default_config else []
+  return [*argv[:1], *given, *argv[1:]]
+
+
+def located(value: str) -> str:
+  """`--config=...` with the path that exists."""
+  path, colon, variant = value.partition(":")
+  return f"--config={config_file(path)}{colon}{variant}"

@@ -1,0 +1,175 @@
+"""Checks of a configuration: of each setting alone, and of settings against each other.
+
+Every line names the settings, the values found and values that work, so that a run which
+cannot work is refused before any array exists.
+"""
+
+import math
+import types
+import typing
+
+from longlive_jax.checks import check_at_least, check_choice, check_divides
+from longlive_jax.config.schema import Experiment, Model, Sample, Text, Vae
+from longlive_jax.config.walk import settings
+
+DTYPES = ("float32", "bfloat16")
+SOLVERS = ("unipc", "dpmpp", "euler")
+STAGES = ("vae", "ar")
+VAE_SPACE, VAE_TIME = 16, 4  # pixels a latent, frames a latent
+
+# A whole number must be at least 1 and any other number at least 0, unless listed here.
+MAY_BE_ZERO = ("sample.sink_latents", "train.warmup_steps", "train.ema_start_step")
+MORE_THAN_ZERO = ("model.shift", "model.eps", "model.rope_theta", "sample.t_scale", "train.lr")
+BELOW_ONE = ("train.beta1", "train.beta2", "train.ema")
+SHARES = ("_share", "_fraction")  # endings of names of numbers in [0, 1]
+
+
+def check(experiment: Experiment) -> None:
+  """Checks all settings.
+
+  Raises:
+    ValueError: one line naming the setting, the value found, and what would work.
+  """
+  for name, kind, value in settings(experiment):
+    check_type(name, kind, value)
+    check_range(name, value)
+  check_model(experiment.model)
+  check_text(experiment.model.text)
+  check_vae(experiment.model.vae)
+  unit = VAE_SPACE * experiment.model.patch
+  check_divides("video.height", experiment.video.height, "16 * model.patch", unit)
+  check_divides("video.width", experiment.video.width, "16 * model.patch", unit)
+  check_sample(experiment.sample, experiment.model.block_latents)
+  check_training(experiment)
+
+
+def check_type(name: str, kind: type, value: object) -> None:
+  """Raises ValueError unless `value` is of the declared type; a whole number is a float too."""
+  if not of_type(kind, value):
+    wanted = (
+      getattr(kind, "__name__", str(kind)) if not isinstance(kind, types.GenericAlias) else kind
+    )
+    raise ValueError(f"{name}={value!r} must be of type {wanted}, not {type(value).__name__}")
+
+
+def of_type(kind: type, value: object) -> bool:
+  """Whether `value` may stand in a field declared as `kind`."""
+  if kind is float:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+  if kind is int:
+    return isinstance(value, int) and not isinstance(value, bool)
+  if typing.get_origin(kind) is tuple:
+    element = typing.get_args(kind)[0]
+    return isinstance(value, tuple) and all(of_type(element, item) for item in value)
+  return isinstance(value, kind)
+
+
+def check_range(name: str, value: object) -> None:
+  """Raises ValueError unless a number, or each number of a tuple, is in the range of its name."""
+  for number in value if isinstance(value, tuple) else (value,):
+    if isinstance(number, bool) or not isinstance(number, int | float):
+      continue
+    if not math.isfinite(number):
+      raise ValueError(f"{name}={number} must be a finite number")
+    if name.endswith("seed"):
+      check_seed(name, number)
+    elif name in BELOW_ONE or name.endswith(SHARES):
+      closed = name not in BELOW_ONE
+      if not (0 <= number < 1 or (closed and number == 1)):
+        raise ValueError(
+          f"{name}={number} must be at least 0 and {'at most' if closed else 'below'} 1"
+        )
+    elif name in MORE_THAN_ZERO:
+      if not number > 0:
+        raise ValueError(f"{name}={number} must be more than 0")
+    else:
+      whole = isinstance(number, int) and name not in MAY_BE_ZERO and name not in FLOATS
+      check_at_least(name, number, 1 if whole else 0)
+
+
+FLOATS = frozenset(name for name, kind, _ in settings(Experiment()) if kind is float)
+
+
+def check_seed(name: str, seed: float) -> None:
+  """A seed is an unsigned 32-bit number; -1 turns a frozen encoder off."""
+  least = -1 if name.endswith("frozen_seed") else 0
+  if not least <= seed < 2**32:
+    raise ValueError(f"{name}={seed} must be at least {least} and below 2**32")
+
+
+def check_model(model: Model) -> None:
+  """The transformer's own sizes."""
+  check_divides("model.width", model.width, "model.heads", model.heads)
+  if model.head_dim < 6 or model.head_dim % 2:
+    works = [n for n in range(1, model.width // 6 + 1) if model.width % (2 * n) == 0]
+    raise ValueError(
+      f"model.width={model.width} / model.heads={model.heads} gives heads of {model.head_dim}"
+      " channels; 3-D rotary embedding needs an even number of at least 6;"
+      f" use model.heads={nearest_number(model.heads, works)}"
+    )
+  check_divides("model.frequency_width", model.frequency_width, "2 (sine and cosine)", 2)
+  check_choice("model.dtype", model.dtype, DTYPES)
+
+
+def nearest_number(value: int, choices: list[int]) -> int:
+  """The choice closest to `value`; 1 if there is none."""
+  return min(choices, key=lambda choice: abs(choice - value), default=1)
+
+
+def check_text(text: Text) -> None:
+  """The text encoder's own sizes."""
+  check_divides("model.text.attention_width", text.attention_width, "model.text.heads", text.heads)
+  check_divides("model.text.buckets", text.buckets, "2 (before and after)", 2)
+  if text.max_distance <= text.buckets // 4:
+    raise ValueError(
+      f"model.text.max_distance={text.max_distance} must be more than a quarter of"
+      f" model.text.buckets={text.buckets}"
+    )
+
+
+def check_vae(vae: Vae) -> None:
+  """Latents are 16 times smaller than frames and 4 times fewer."""
+  stages, halvings = len(vae.multipliers), sum(vae.temporal_downsample)
+  if 2**stages != VAE_SPACE:
+    raise ValueError(
+      f"model.vae.multipliers={vae.multipliers} must have 4 entries: latents are 16 times"
+      " smaller than frames"
+    )
+  if len(vae.temporal_downsample) != stages - 1 or 2**halvings != VAE_TIME:
+    raise ValueError(
+      f"model.vae.temporal_downsample={vae.temporal_downsample} must have {stages - 1} entries,"
+      " two of them True: latents are 4 times fewer than frames"
+    )
+
+
+def check_sample(sample: Sample, block: int) -> None:
+  """The sampler, and what the window must hold."""
+  check_choice("sample.solver", sample.solver, SOLVERS)
+  name, unit = "model.block_latents", block
+  check_divides("sample.window_latents", sample.window_latents, name, unit)
+  if sample.sink_latents:
+    check_divides("sample.sink_latents", sample.sink_latents, name, unit)
+  pin = block if sample.pin_shots else 0
+  least = sample.sink_latents + pin + block
+  if sample.window_latents < least:
+    raise ValueError(
+      f"sample.window_latents={sample.window_latents} must hold the sink"
+      f" (sample.sink_latents={sample.sink_latents}), the pinned block ({pin}, by"
+      f" sample.pin_shots={sample.pin_shots}) and the own block ({block}):"
+      f" use at least {least}, or a smaller sink"
+    )
+
+
+def check_training(experiment: Experiment) -> None:
+  """The training loop and its data."""
+  train, data = experiment.train, experiment.data
+  check_choice("train.stage", train.stage, STAGES)
+  if data.max_shots > data.clip_blocks:
+    raise ValueError(
+      f"data.max_shots={data.max_shots} must be at most data.clip_blocks={data.clip_blocks}:"
+      " a shot takes at least one block"
+    )
+  if data.blocks > data.clip_blocks:
+    raise ValueError(
+      f"data.blocks={data.blocks} must be at most data.clip_blocks={data.clip_blocks}"
+    )
