@@ -32,9 +32,8 @@ def check_choice(name: str, value: str, choices: Iterable[str]) -> None:
   """Raises ValueError unless `value` is one of `choices`."""
   known = sorted(choices)
   if value not in known:
-    raise ValueError(
-      f"{name}={value!r} must be one of {', '.join(c or '(empty)' for c in known)}{suggest(value, known)}"
-    )
+    listed = ", ".join(choice or "(empty)" for choice in known)
+    raise ValueError(f"{name}={value!r} must be one of {listed}{suggest(value, known)}")
 
 
 def check_at_least(name: str, value: float, least: float) -> None:
