@@ -40,3 +40,11 @@ def check_at_least(name: str, value: float, least: float) -> None:
   """Raises ValueError unless `value` >= `least`."""
   if not value >= least:
     raise ValueError(f"{name}={value} must be at least {least}")
+
+
+def check_remainder(name: str, value: int, unit: int, rest: int) -> None:
+  """Raises ValueError unless `value` is `rest + k unit` with k >= 0; names the nearest allowed."""
+  if value < rest or (value - rest) % unit:
+    below = max((value - rest) // unit, 0) * unit + rest
+    nearest = f"{below}" if value < rest else f"{below} or {below + unit}"
+    raise ValueError(f"{name}={value} must be {rest} + a multiple of {unit}; use {nearest}")

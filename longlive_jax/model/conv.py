@@ -1,0 +1,194 @@
+"""Convolutions of the VAE: causal in time with a carried history, spatial, pointwise.
+
+A causal convolution with a kernel of three frames reads its own frame and the two before it:
+`y_t = sum_i W_i x_(t - 2 + i)`. What it carries from one call to the next is the last two frames
+of its input; a video starts from zeros.
+
+Two forms of the same sum, because no form is fast everywhere: "conv3d" is one convolution over
+(frame, row, column); "conv2d" is one over (row, column) that writes the product with each of the
+three taps, which are then shifted in time and added. XLA's CPU backend has no fast path for the
+first.
+"""
+
+import jax
+import jax.numpy as jnp
+from absl import logging
+from flax import nnx
+from jax import lax
+
+from longlive_jax.checks import check_choice
+from longlive_jax.types import Array
+
+FORMS = ("conv2d", "conv3d")
+HISTORY = 2  # frames a causal convolution carries
+
+# as the original: uniform in +-1/sqrt(fan in)
+_uniform = jax.nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
+
+
+def choose_form(form: str | None = None) -> str:
+  """The form of the causal convolutions: `form`, or the faster one of the default backend.
+
+  Raises:
+    ValueError: unknown form.
+  """
+  if form is None:
+    backend = jax.default_backend()
+    form = "conv2d" if backend == "cpu" else "conv3d"
+    logging.debug("VAE convolutions on %s: form %s", backend, form)
+  check_choice("form", form, FORMS)
+  return form
+
+
+def _conv(
+  x: Array, kernel: Array, strides: tuple[int, ...], padding: tuple[tuple[int, int], ...]
+) -> Array:
+  """Channels-last convolution in the dtype of x, summed in float32."""
+  layout = ("NHWC", "HWIO", "NHWC") if x.ndim == 4 else ("NDHWC", "DHWIO", "NDHWC")
+  return lax.conv_general_dilated(
+    x,
+    kernel.astype(x.dtype),
+    strides,
+    padding,
+    dimension_numbers=layout,
+    preferred_element_type=jnp.float32,
+  )
+
+
+def spatial_conv(
+  x: Array, kernel: Array, stride: int = 1, padding: tuple[tuple[int, int], ...] = ((1, 1), (1, 1))
+) -> Array:
+  """Convolves every frame: `[B, T, H, W, C] -> [B, T, H', W', O]` float32; kernel HWIO."""
+  batch, frames = x.shape[:2]
+  y = _conv(x.reshape(batch * frames, *x.shape[2:]), kernel, (stride, stride), padding)
+  return y.reshape(batch, frames, *y.shape[1:])
+
+
+def time_conv(x: Array, kernel: Array, form: str, stride: int = 1) -> Array:
+  """Convolution over frames, rows and columns, without padding in time.
+
+  Args:
+    x: `[B, 3 + stride (T - 1), H, W, C]`, the history in front.
+    kernel: `[3, kh, kw, C, O]`; rows and columns are padded to keep their number.
+    form: "conv2d" or "conv3d".
+    stride: in time.
+
+  Returns:
+    `[B, T, H, W, O]` float32.
+
+  Source: spec/models.md section 5.3.
+  """
+  taps, rows, columns, size_in, size_out = kernel.shape
+  padding = ((rows // 2, rows // 2), (columns // 2, columns // 2))
+  if form == "conv3d":
+    return _conv(x, kernel, (stride, 1, 1), ((0, 0), *padding))
+  last = x.shape[1] - taps
+  if stride == 1:
+    wide = kernel.transpose(1, 2, 3, 0, 4).reshape(rows, columns, size_in, taps * size_out)
+    y = spatial_conv(x, wide, padding=padding)
+    return sum(y[:, i : last + i + 1, ..., i * size_out : (i + 1) * size_out] for i in range(taps))  # type: ignore[return-value]
+  stacked = jnp.concatenate([x[:, i : last + i + 1 : stride] for i in range(taps)], -1)
+  deep = kernel.transpose(1, 2, 0, 3, 4).reshape(rows, columns, taps * size_in, size_out)
+  return spatial_conv(stacked, deep, padding=padding)
+
+
+class Pointwise(nnx.Module):
+  """1x1x1 convolution, the dense layer over channels; kernel `[in, out]`."""
+
+  def __init__(self, size_in: int, size_out: int, rngs: nnx.Rngs):
+    self.kernel = nnx.Param(_uniform(rngs.params(), (size_in, size_out), jnp.float32))
+    self.bias = nnx.Param(jnp.zeros((size_out,), jnp.float32))
+
+  def __call__(self, x: Array) -> Array:
+    kernel = self.kernel[...].astype(x.dtype)
+    y = jnp.matmul(x, kernel, preferred_element_type=jnp.float32)
+    return (y + self.bias[...]).astype(x.dtype)
+
+
+class SpatialConv(nnx.Module):
+  """3x3 convolution of every frame; kernel `[3, 3, in, out]`."""
+
+  def __init__(self, size: int, rngs: nnx.Rngs):
+    self.kernel = nnx.Param(_uniform(rngs.params(), (3, 3, size, size), jnp.float32))
+    self.bias = nnx.Param(jnp.zeros((size,), jnp.float32))
+
+  def halve(self, x: Array) -> Array:
+    """`[B, T, H, W, C] -> [B, T, H/2, W/2, C]`; zeros on the right and below only."""
+    y = spatial_conv(x, self.kernel[...], 2, ((0, 1), (0, 1)))
+    return (y + self.bias[...]).astype(x.dtype)
+
+  def double(self, x: Array) -> Array:
+    """Repeats every pixel 2x2, then convolves: `[B, T, H, W, C] -> [B, T, 2H, 2W, C]`."""
+    batch, frames, height, width, size = x.shape
+    y = jnp.broadcast_to(x[:, :, :, None, :, None], (batch, frames, height, 2, width, 2, size))
+    y = spatial_conv(y.reshape(batch, frames, 2 * height, 2 * width, size), self.kernel[...])
+    return (y + self.bias[...]).astype(x.dtype)
+
+
+class CausalConv(nnx.Module):
+  """Causal convolution of `[B, T, H, W, C]` with the last two frames of its input as state.
+
+  Args:
+    size_in, size_out: channels.
+    form: of `time_conv`.
+    extent: rows and columns of the kernel, 3 or 1.
+  """
+
+  def __init__(self, size_in: int, size_out: int, form: str, rngs: nnx.Rngs, extent: int = 3):
+    shape = (3, extent, extent, size_in, size_out)
+    self.kernel = nnx.Param(_uniform(rngs.params(), shape, jnp.float32))
+    self.bias = nnx.Param(jnp.zeros((size_out,), jnp.float32))
+    self.form = form
+
+  def __call__(self, x: Array, state: Array | None) -> tuple[Array, Array]:
+    """Convolves the next frames.
+
+    Args:
+      x: `[B, T, H, W, C]`; T = 1 at the start.
+      state: `[B, 2, H, W, C]`; None at the start, which stands for zeros.
+
+    Returns:
+      (`[B, T, H, W, O]`, next state).
+    """
+    kernel = self.kernel[...]
+    if state is None:  # two of the three taps would meet zeros
+      pad = kernel.shape[1] // 2
+      y = spatial_conv(x, kernel[-1], padding=((pad, pad), (pad, pad)))
+      frames = jnp.concatenate([jnp.zeros_like(x), x], 1)
+    else:
+      frames = jnp.concatenate([state, x], 1)
+      y = time_conv(frames, kernel, self.form)
+    return (y + self.bias[...]).astype(x.dtype), frames[:, -HISTORY:]
+
+
+class ChannelNorm(nnx.Module):
+  """`x / max(|x|, 1e-12) sqrt(C) scale` with the length over channels, in float32."""
+
+  def __init__(self, size: int):
+    self.scale = nnx.Param(jnp.ones((size,), jnp.float32))
+
+  def __call__(self, x: Array) -> Array:
+    wide = x.astype(jnp.float32)
+    square = jnp.sum(wide * wide, -1, keepdims=True)
+    # the floor on the square keeps the gradient finite at zero
+    wide = wide * lax.rsqrt(jnp.maximum(square, 1e-24)) * (x.shape[-1] ** 0.5)
+    return (wide * self.scale[...]).astype(x.dtype)
+
+
+def patchify(video: Array) -> Array:
+  """`[B, T, 2h, 2w, C] -> [B, T, h, w, 4C]`, features ordered (C, column, row).
+
+  Source: spec/models.md section 5.2.
+  """
+  batch, frames, height, width, channels = video.shape
+  x = video.reshape(batch, frames, height // 2, 2, width // 2, 2, channels)
+  x = x.transpose(0, 1, 2, 4, 6, 5, 3)
+  return x.reshape(batch, frames, height // 2, width // 2, 4 * channels)
+
+
+def unpatchify(x: Array) -> Array:
+  """Inverse of `patchify`."""
+  batch, frames, rows, columns, size = x.shape
+  video = x.reshape(batch, frames, rows, columns, size // 4, 2, 2)
+  video = video.transpose(0, 1, 2, 6, 3, 5, 4)
+  return video.reshape(batch, frames, 2 * rows, 2 * columns, size // 4)

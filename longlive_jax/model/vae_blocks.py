@@ -1,0 +1,253 @@
+"""Encoder and decoder of the VAE, as sequences of parts with carried state.
+
+Every part maps `(x, state) -> (x, state)`. The state of a part is a nested tuple of the frames its
+convolutions carry, in the order in which they run; a part without memory has the empty tuple. None
+instead of a state means the start of a video: one frame (or latent), nothing before it.
+
+Source: spec/models.md sections 5.3 to 5.7.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from longlive_jax.config import Vae as Config
+from longlive_jax.model.conv import CausalConv, ChannelNorm, Pointwise, SpatialConv, time_conv
+from longlive_jax.types import Array
+
+State = Any  # nested tuple of arrays
+Part = Callable[[Array, State | None], tuple[Array, State]]
+
+
+def _split(state: State | None, count: int) -> tuple[State | None, ...]:
+  return (None,) * count if state is None else state
+
+
+def run(parts: list[Part], x: Array, state: State | None) -> tuple[Array, State]:
+  """Runs parts in order; their states together are a tuple."""
+  states = []
+  for part, before in zip(parts, _split(state, len(parts)), strict=True):
+    x, after = part(x, before)
+    states.append(after)
+  return x, tuple(states)
+
+
+class Residual(nnx.Module):
+  """`shortcut(x) + conv(silu(norm(conv(silu(norm(x))))))`."""
+
+  def __init__(self, size_in: int, size_out: int, form: str, rngs: nnx.Rngs):
+    self.norm1 = ChannelNorm(size_in)
+    self.conv1 = CausalConv(size_in, size_out, form, rngs)
+    self.norm2 = ChannelNorm(size_out)
+    self.conv2 = CausalConv(size_out, size_out, form, rngs)
+    self.shortcut = Pointwise(size_in, size_out, rngs) if size_in != size_out else None
+
+  def __call__(self, x: Array, state: State | None) -> tuple[Array, State]:
+    first, second = _split(state, 2)
+    y, first = self.conv1(jax.nn.silu(self.norm1(x)), first)
+    y, second = self.conv2(jax.nn.silu(self.norm2(y)), second)
+    skip = x if self.shortcut is None else self.shortcut(x)
+    return skip + y, (first, second)
+
+
+class FrameAttention(nnx.Module):
+  """Single-head self-attention over the positions of each frame, with a residual."""
+
+  def __init__(self, size: int, rngs: nnx.Rngs):
+    self.norm = ChannelNorm(size)
+    self.qkv = Pointwise(size, 3 * size, rngs)
+    self.out = Pointwise(size, size, rngs)
+
+  def __call__(self, x: Array, state: State | None) -> tuple[Array, State]:
+    batch, frames, height, width, size = x.shape
+    tokens = self.qkv(self.norm(x)).reshape(batch, frames, height * width, 3 * size)
+    q, k, v = jnp.split(tokens, 3, -1)
+    logits = jnp.einsum("btqc,btkc->btqk", q, k, preferred_element_type=jnp.float32)
+    weights = jax.nn.softmax(logits * size**-0.5, -1).astype(x.dtype)
+    y = jnp.einsum("btqk,btkc->btqc", weights, v, preferred_element_type=jnp.float32)
+    return x + self.out(y.astype(x.dtype).reshape(x.shape)), ()
+
+
+class Downsample(nnx.Module):
+  """Halves rows and columns, then frames where `temporal`; the first frame stays alone."""
+
+  def __init__(self, size: int, temporal: bool, form: str, rngs: nnx.Rngs):
+    self.spatial = SpatialConv(size, rngs)
+    self.temporal = CausalConv(size, size, form, rngs, extent=1) if temporal else None
+
+  def __call__(self, x: Array, state: State | None) -> tuple[Array, State]:
+    x = self.spatial.halve(x)
+    if self.temporal is None:
+      return x, ()
+    if state is None:
+      return x, x
+    frames = jnp.concatenate([state, x], 1)
+    y = time_conv(frames, self.temporal.kernel[...], self.temporal.form, stride=2)
+    return (y + self.temporal.bias[...]).astype(x.dtype), x[:, -1:]
+
+
+class Upsample(nnx.Module):
+  """Doubles frames where `temporal`, then rows and columns.
+
+  The first latent is not doubled and the temporal convolution never sees it.
+  """
+
+  def __init__(self, size: int, temporal: bool, form: str, rngs: nnx.Rngs):
+    self.spatial = SpatialConv(size, rngs)
+    self.temporal = CausalConv(size, 2 * size, form, rngs, extent=1) if temporal else None
+
+  def __call__(self, x: Array, state: State | None) -> tuple[Array, State]:
+    batch, frames, height, width, size = x.shape
+    if self.temporal is None:
+      return self.spatial.double(x), ()
+    if state is None:
+      return self.spatial.double(x), jnp.zeros((batch, 2, height, width, size), x.dtype)
+    x, state = self.temporal(x, state)
+    x = x.reshape(batch, frames, height, width, 2, size).transpose(0, 1, 4, 2, 3, 5)
+    return self.spatial.double(x.reshape(batch, 2 * frames, height, width, size)), state
+
+
+def average_down(x: Array, size_out: int, time: int, space: int) -> Array:
+  """Shortcut of an encoder stage: averages groups of (channel, frame, row, column).
+
+  Args:
+    x: `[B, T, H, W, C]`; frames are filled up with zeros in front to a multiple of `time`.
+    size_out: channels O; C time space^2 / O elements are averaged, channel slowest.
+    time, space: factors.
+
+  Returns:
+    `[B, T', H / space, W / space, O]`.
+  """
+  missing = -x.shape[1] % time
+  x = jnp.pad(x, ((0, 0), (missing, 0), (0, 0), (0, 0), (0, 0)))
+  batch, frames, height, width, size = x.shape
+  shape = (batch, frames // time, height // space, width // space)
+  x = x.reshape(*shape[:2], time, shape[2], space, shape[3], space, size)
+  x = x.transpose(0, 1, 3, 5, 7, 2, 4, 6).reshape(*shape, size_out, -1)
+  return jnp.mean(x, -1, dtype=jnp.float32).astype(x.dtype)
+
+
+def duplicate_up(x: Array, size_out: int, time: int, space: int, first: bool) -> Array:
+  """Shortcut of a decoder stage: the element (channel, frame, row, column) with flat index i,
+  channel slowest, copies input channel i // (O time space^2 / C).
+
+  Args:
+    x: `[B, T, H, W, C]`.
+    size_out: channels O.
+    time, space: factors.
+    first: start of a video, where the first `time - 1` frames are dropped.
+
+  Returns:
+    `[B, T', H space, W space, O]`.
+  """
+  batch, frames, height, width, size = x.shape
+  x = jnp.repeat(x, size_out * time * space**2 // size, axis=-1)
+  x = x.reshape(batch, frames, height, width, size_out, time, space, space)
+  x = x.transpose(0, 1, 5, 2, 6, 3, 7, 4)
+  x = x.reshape(batch, frames * time, height * space, width * space, size_out)
+  return x[:, time - 1 :] if first else x
+
+
+class EncoderStage(nnx.Module):
+  """Residual blocks, `Downsample` unless it is the last stage, and the averaging shortcut."""
+
+  def __init__(self, sizes: tuple[int, int], cfg: Config, index: int, form: str, rngs: nnx.Rngs):
+    size_in, self.size = sizes
+    count = cfg.residual_blocks
+    self.blocks = nnx.List(
+      Residual(size_in if i == 0 else self.size, self.size, form, rngs) for i in range(count)
+    )
+    last = index == len(cfg.multipliers) - 1
+    self.time = 1 if last else 1 + cfg.temporal_downsample[index]
+    self.space = 1 if last else 2
+    self.resample = None if last else Downsample(self.size, self.time == 2, form, rngs)
+
+  def __call__(self, x: Array, state: State | None) -> tuple[Array, State]:
+    parts = [*self.blocks] + ([] if self.resample is None else [self.resample])
+    y, state = run(parts, x, state)
+    return y + average_down(x, self.size, self.time, self.space), state
+
+
+class DecoderStage(nnx.Module):
+  """Residual blocks, and but for the last stage `Upsample` and the duplicating shortcut."""
+
+  def __init__(self, sizes: tuple[int, int], cfg: Config, index: int, form: str, rngs: nnx.Rngs):
+    size_in, self.size = sizes
+    count = cfg.residual_blocks + 1
+    self.blocks = nnx.List(
+      Residual(size_in if i == 0 else self.size, self.size, form, rngs) for i in range(count)
+    )
+    last = index == len(cfg.multipliers) - 1
+    self.time = 1 if last else 1 + cfg.temporal_downsample[::-1][index]
+    self.resample = None if last else Upsample(self.size, self.time == 2, form, rngs)
+
+  def __call__(self, x: Array, state: State | None) -> tuple[Array, State]:
+    if self.resample is None:
+      return run([*self.blocks], x, state)
+    y, after = run([*self.blocks, self.resample], x, state)
+    return y + duplicate_up(x, self.size, self.time, 2, state is None), after
+
+
+class Middle(nnx.Module):
+  """Residual block, attention, residual block."""
+
+  def __init__(self, size: int, form: str, rngs: nnx.Rngs):
+    self.before = Residual(size, size, form, rngs)
+    self.attention = FrameAttention(size, rngs)
+    self.after = Residual(size, size, form, rngs)
+
+
+class Head(nnx.Module):
+  """Norm, SiLU, convolution."""
+
+  def __init__(self, size_in: int, size_out: int, form: str, rngs: nnx.Rngs):
+    self.norm = ChannelNorm(size_in)
+    self.conv = CausalConv(size_in, size_out, form, rngs)
+
+  def __call__(self, x: Array, state: State | None) -> tuple[Array, State]:
+    return self.conv(jax.nn.silu(self.norm(x)), state)
+
+
+class Encoder(nnx.Module):
+  """`[B, T, H, W, 12]` patches of frames to `[B, F, h, w, 2C]` moments."""
+
+  def __init__(self, cfg: Config, form: str, rngs: nnx.Rngs):
+    sizes = [cfg.encoder_width * m for m in (1, *cfg.multipliers)]
+    self.conv_in = CausalConv(12, sizes[0], form, rngs)
+    self.stages = nnx.List(
+      EncoderStage(sizes[i : i + 2], cfg, i, form, rngs) for i in range(len(sizes) - 1)
+    )
+    self.middle = Middle(sizes[-1], form, rngs)
+    self.head = Head(sizes[-1], 2 * cfg.latent_channels, form, rngs)
+
+  def parts(self) -> list[Part]:
+    """The parts in the order in which they run."""
+    middle = self.middle
+    return [self.conv_in, *self.stages, middle.before, middle.attention, middle.after, self.head]
+
+  def __call__(self, x: Array, state: State | None) -> tuple[Array, State]:
+    return run(self.parts(), x, state)
+
+
+class Decoder(nnx.Module):
+  """`[B, F, h, w, C]` latents to `[B, T, H, W, 12]` patches of frames."""
+
+  def __init__(self, cfg: Config, form: str, rngs: nnx.Rngs):
+    sizes = [cfg.decoder_width * m for m in (cfg.multipliers[-1], *cfg.multipliers[::-1])]
+    self.conv_in = CausalConv(cfg.latent_channels, sizes[0], form, rngs)
+    self.middle = Middle(sizes[0], form, rngs)
+    self.stages = nnx.List(
+      DecoderStage(sizes[i : i + 2], cfg, i, form, rngs) for i in range(len(sizes) - 1)
+    )
+    self.head = Head(sizes[-1], 12, form, rngs)
+
+  def parts(self) -> list[Part]:
+    """The parts in the order in which they run."""
+    middle = self.middle
+    return [self.conv_in, middle.before, middle.attention, middle.after, *self.stages, self.head]
+
+  def __call__(self, x: Array, state: State | None) -> tuple[Array, State]:
+    return run(self.parts(), x, state)
