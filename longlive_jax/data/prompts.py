@@ -1,0 +1,325 @@
+"""Shots and scripts: what is shown, for how long, and how one prompt gives way to the next.
+
+A script is written as JSON
+
+    {"seed": 7, "image": "first.png", "shots": [
+      {"prompt": "A red circle moves left.", "blocks": 3},
+      {"prompt": "A blue square rises.", "seconds": 4.0, "transition": "cut"}]}
+
+or as plain text with one prompt a line, each a shot of its own. `transition` says how an entry
+begins; that of the first entry has no effect.
+
+    cut      a new shot: the cut prefix is put before its first block's prompt
+    keep     the same shot goes on under another prompt
+    recache  like keep, and the window is computed again under the new prompt
+
+Before the sampler sees a script, `expand` turns it into one entry a block.
+Source: spec/inference.md sections 2.1 to 2.3.
+"""
+
+import dataclasses
+import json
+import math
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from longlive_jax.checks import check_choice, suggest
+
+TRANSITIONS = ("cut", "keep", "recache")
+DEFAULT_BLOCKS = 3  # of an entry that says neither blocks nor seconds
+FRAMES_A_LATENT = 4
+
+
+@dataclasses.dataclass(frozen=True)
+class Shot:
+  """One entry of a script.
+
+  Attributes:
+    prompt: what is shown; not empty.
+    blocks: length in blocks, >= 1.
+    seconds: length in seconds, > 0, rounded to the nearest number of blocks; at most one of the
+      two lengths is given, and with neither the entry has `DEFAULT_BLOCKS`.
+    transition: how it begins: "cut", "keep" or "recache".
+
+  Raises:
+    ValueError: a value that does not work.
+  """
+
+  prompt: str
+  blocks: int | None = None
+  seconds: float | None = None
+  transition: str = "cut"
+
+  def __post_init__(self) -> None:
+    if not isinstance(self.prompt, str) or not self.prompt.strip():
+      raise ValueError(f"prompt={self.prompt!r} must be text that is not empty")
+    if self.blocks is not None and self.seconds is not None:
+      raise ValueError(f"blocks={self.blocks} and seconds={self.seconds} are both given; give one")
+    if self.blocks is not None and (type(self.blocks) is not int or self.blocks < 1):
+      raise ValueError(f"blocks={self.blocks!r} must be a whole number of at least 1")
+    if self.seconds is not None and not is_positive(self.seconds):
+      raise ValueError(f"seconds={self.seconds!r} must be a number of more than 0")
+    check_choice("transition", self.transition, TRANSITIONS)
+
+  def count_blocks(self, fps: float, block_latents: int) -> int:
+    """Length in blocks, at least 1, of `4 * block_latents` frames each."""
+    if self.seconds is None:
+      return self.blocks or DEFAULT_BLOCKS
+    return max(1, math.floor(self.seconds * fps / (FRAMES_A_LATENT * block_latents) + 0.5))
+
+
+def is_positive(value: object) -> bool:
+  """Whether a value is a finite number above 0."""
+  number = isinstance(value, int | float) and not isinstance(value, bool)
+  return number and 0 < value < math.inf
+
+
+@dataclasses.dataclass(frozen=True)
+class Script:
+  """A list of shots, with the seed of the noise and the first frame if they are given.
+
+  Attributes:
+    shots: at least one entry.
+    seed: of the noise, 0 <= seed < 2**32; None takes `sample.seed`.
+    image: path of the first frame (image-to-video).
+  """
+
+  shots: tuple[Shot, ...]
+  seed: int | None = None
+  image: str | None = None
+
+  def __post_init__(self) -> None:
+    object.__setattr__(self, "shots", tuple(self.shots))
+    if not self.shots:
+      raise ValueError("the script is empty: it needs at least one shot with a prompt")
+    if self.seed is not None and (type(self.seed) is not int or not 0 <= self.seed < 2**32):
+      raise ValueError(f"seed={self.seed!r} must be a whole number, at least 0 and below 2**32")
+    if self.image is not None and (not isinstance(self.image, str) or not self.image):
+      raise ValueError(f"image={self.image!r} must be the path of an image")
+
+  @classmethod
+  def of(cls, *prompts: str, blocks: int | None = None, seed: int | None = None) -> "Script":
+    """One shot a prompt, all of the same length."""
+    return cls(tuple(Shot(prompt, blocks) for prompt in prompts), seed)
+
+  @classmethod
+  def from_text(cls, text: str) -> "Script":
+    """One prompt a line, each a shot; blank lines and lines that begin with # are skipped."""
+    lines = (line.strip() for line in text.lstrip("\ufeff").splitlines())
+    return cls.of(*(line for line in lines if line and not line.startswith("#")))
+
+  @classmethod
+  def from_json(cls, text: str) -> "Script":
+    """Reads the JSON form above.
+
+    Raises:
+      ValueError: not JSON (with the line), an unknown field, or a value that does not work.
+    """
+    try:
+      tree = json.loads(text.lstrip("\ufeff"))
+    except json.JSONDecodeError as error:
+      raise ValueError(
+        f"not JSON: {error.msg} (line {error.lineno}, column {error.colno})"
+      ) from error
+    values = fields_of(cls, tree, "the script")
+    entries = values.pop("shots", [])
+    if not isinstance(entries, list):
+      raise ValueError("shots must be a list of entries with a prompt")
+    return cls(tuple(parse_shot(entry, i) for i, entry in enumerate(entries)), **values)
+
+  def to_json(self) -> str:
+    """The JSON form; `from_json` gives back an equal script."""
+    tree = {name: value for name, value in vars(self).items() if value is not None}
+    tree["shots"] = [
+      {name: value for name, value in vars(shot).items() if value is not None}
+      for shot in self.shots
+    ]
+    return json.dumps(tree, indent=2, ensure_ascii=False) + "\n"
+
+
+def fields_of(kind: type, tree: object, where: str) -> dict:
+  """The entries of a JSON object, all of them fields of the dataclass `kind`."""
+  known = [field.name for field in dataclasses.fields(kind)]
+  if not isinstance(tree, Mapping):
+    raise ValueError(f"{where} must be a JSON object with the fields {', '.join(known)}")
+  for name in tree:
+    if name not in known:
+      hint = suggest(name, known) or f"; the fields are {', '.join(known)}"
+      raise ValueError(f"{where} has an unknown field '{name}'{hint}")
+  return dict(tree)
+
+
+def parse_shot(entry: object, index: int) -> Shot:
+  """One entry of the JSON form; errors name its place."""
+  where = f"shots[{index}]"
+  values = fields_of(Shot, entry, where)
+  if "prompt" not in values:
+    raise ValueError(f"{where} has no prompt")
+  try:
+    return Shot(**values)
+  except ValueError as error:
+    raise ValueError(f"{where}: {error}") from error
+
+
+def load_script(path: str | Path) -> Script:
+  """Reads a script file: `.json`, or `.txt` with one prompt a line.
+
+  A relative image path is relative to the folder of the script.
+
+  Raises:
+    FileNotFoundError: there is no such file.
+    ValueError: another suffix, or the text is not a script.
+  """
+  path = Path(path)
+  readers = {".json": Script.from_json, ".txt": Script.from_text}
+  if path.suffix.lower() not in readers:
+    raise ValueError(f"script file '{path}' must end in .json or .txt")
+  if not path.is_file():
+    raise FileNotFoundError(f"script file '{path}' does not exist")
+  try:
+    script = readers[path.suffix.lower()](path.read_text(encoding="utf-8"))
+  except ValueError as error:
+    raise ValueError(f"script file '{path}': {error}") from error
+  if script.image is None:
+    return script
+  return dataclasses.replace(script, image=str(path.parent / script.image))
+
+
+@dataclasses.dataclass(frozen=True)
+class BlockPrompt:
+  """What the sampler is told about one block.
+
+  Attributes:
+    prompt: text to encode; the first block of a cut begins with the cut prefix.
+    shot: index of the shot, the number of cuts so far.
+    transition: "start" for the first block of the video, "cut", "keep" or "recache" for the
+      first block of a later entry, None for a block that goes on.
+  """
+
+  prompt: str
+  shot: int
+  transition: str | None = None
+
+
+BlockPlan = tuple[BlockPrompt, ...]
+
+
+def expand(script: Script, video_fps: float, block_latents: int, cut_prefix: str) -> BlockPlan:
+  """Lays a script out in blocks.
+
+  What a prompt says never makes a cut; only `transition` does. The prefix may be empty.
+
+  Args:
+    script: any script.
+    video_fps: `video.fps`.
+    block_latents: `model.block_latents`.
+    cut_prefix: `sample.cut_prefix`.
+
+  Returns:
+    One entry a block.
+
+  Source: inference.md §2.1.
+
+  >>> script = Script((Shot("A", 2), Shot("B", 2), Shot("C", 1, transition="keep")))
+  >>> [(b.prompt, b.shot, b.transition) for b in expand(script, 24, 8, "Cut. ")]
+  ... # doctest: +NORMALIZE_WHITESPACE
+  [('A', 0, 'start'), ('A', 0, None), ('Cut. B', 1, 'cut'), ('B', 1, None), ('C', 1, 'keep')]
+  """
+  plan: list[BlockPrompt] = []
+  shot = 0
+  for index, entry in enumerate(script.shots):
+    transition = entry.transition if index else "start"
+    shot += transition == "cut"
+    prefix = cut_prefix if transition == "cut" else ""
+    plan.append(BlockPrompt(prefix + entry.prompt, shot, transition))
+    rest = entry.count_blocks(video_fps, block_latents) - 1
+    plan.extend([BlockPrompt(entry.prompt, shot)] * rest)
+  return tuple(plan)
+
+
+def distribute_blocks(
+  n_shots: int,
+  n_blocks: int,
+  per_shot: int | None = None,
+  durations: Sequence[int] | None = None,
+) -> tuple[int, ...]:
+  """Shares the blocks of a video among its captions.
+
+  The first rule that applies gives each shot its length: `durations`, else `per_shot` for each,
+  else an even split whose first shots are one longer. Shots are then used in order until the
+  video is full, the last one shortened; if they do not fill it, the last one is lengthened.
+
+  Args:
+    n_shots: captions, >= 1.
+    n_blocks: blocks of the video, >= 1.
+    per_shot: blocks a shot, >= 1.
+    durations: blocks of the first shots, each >= 1; more than `n_shots` are ignored.
+
+  Returns:
+    Lengths of the shots that are used, at most `n_shots`; their sum is `n_blocks`.
+
+  Raises:
+    ValueError: a number is below 1, or `durations` is empty.
+
+  Source: inference.md §2.2.
+
+  >>> distribute_blocks(3, 12, per_shot=4)
+  (4, 4, 4)
+  >>> distribute_blocks(2, 12, per_shot=4)
+  (4, 8)
+  >>> distribute_blocks(5, 12, per_shot=4)
+  (4, 4, 4)
+  >>> distribute_blocks(3, 12, durations=[2, 6, 4])
+  (2, 6, 4)
+  >>> distribute_blocks(5, 12)
+  (3, 3, 2, 2, 2)
+  """
+  wanted = durations if durations is not None else [1 if per_shot is None else per_shot]
+  smallest = min([n_shots, n_blocks, *wanted]) if wanted else 0
+  if smallest < 1:
+    raise ValueError(
+      f"n_shots={n_shots}, n_blocks={n_blocks}, per_shot={per_shot} and durations={durations}"
+      " must all be at least 1"
+    )
+  if durations is not None:
+    lengths = list(durations[:n_shots])
+  elif per_shot is not None:
+    lengths = [per_shot] * n_shots
+  else:
+    base, longer = divmod(n_blocks, n_shots)
+    lengths = [base + (i < longer) for i in range(n_shots)]
+  used: list[int] = []
+  for length in lengths:
+    left = n_blocks - sum(used)
+    if left and length:
+      used.append(min(length, left))
+  used[-1] += n_blocks - sum(used)
+  return tuple(used)
+
+
+def parse_durations(text: str) -> tuple[int, ...]:
+  """Whole numbers separated by commas, blanks or both, as in a `shot_durations.txt`.
+
+  >>> parse_durations("2, 6 4")
+  (2, 6, 4)
+  """
+  words = re.split(r"[,\s]+", text.strip(", \t\r\n"))
+  if not all(word.isdecimal() for word in words):
+    raise ValueError(f"shot durations must be whole numbers such as '2, 6, 4', not {text!r}")
+  return tuple(int(word) for word in words)
+
+
+def script_from_captions(
+  captions: Sequence[str],
+  n_blocks: int,
+  per_shot: int | None = None,
+  durations: Sequence[int] | None = None,
+) -> Script:
+  """A script with one shot a caption, cut where `distribute_blocks` says; it may leave some out.
+
+  >>> [shot.blocks for shot in script_from_captions(["a", "b"], 12, per_shot=4).shots]
+  [4, 8]
+  """
+  lengths = distribute_blocks(len(captions), n_blocks, per_shot, durations)
+  return Script(tuple(Shot(c, n) for c, n in zip(captions, lengths, strict=False)))
