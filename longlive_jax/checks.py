@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 
 def suggest(name: str, known: Iterable[str]) -> str:
   """Returns " (did you mean 'x'?)" for the nearest of `known`, or an empty string."""
-  near = difflib.get_close_matches(name, list(known), n=1)
+  near = difflib.get_close_matches(str(name), list(known), n=1)
   return f" (did you mean '{near[0]}'?)" if near else ""
 
 
