@@ -24,10 +24,21 @@ ASSETS = Path(__file__).parent / "assets"
 
 
 def choose_ops(experiment: Experiment) -> Ops:
-  """Attention by capability: cuDNN for half precision on a GPU, plain `jnp` elsewhere."""
-  fast = jax.default_backend() == "gpu" and experiment.model.dtype != "float32"
-  logging.info("attention: %s", "cudnn" if fast else "jnp")
-  return Ops(attend=attend_with(cudnn_attention if fast else dense_attention))
+  """Attention by capability: cuDNN for half precision on a GPU, plain `jnp` elsewhere.
+
+  Raises:
+    ValueError: `model.attention` asks for what this device or dtype cannot do.
+  """
+  wanted, dtype = experiment.model.attention, experiment.model.dtype
+  able = jax.default_backend() == "gpu" and dtype != "float32"
+  if wanted == "cudnn" and not able:
+    raise ValueError(
+      f"model.attention=cudnn needs a GPU and model.dtype=bfloat16; found"
+      f" {jax.default_backend()} and {dtype}; use auto or jnp"
+    )
+  chosen = wanted if wanted != "auto" else "cudnn" if able else "jnp"
+  logging.info("attention: %s", chosen)
+  return Ops(attend=attend_with(cudnn_attention if chosen == "cudnn" else dense_attention))
 
 
 def declare_networks(experiment: Experiment) -> dict[str, Network]:

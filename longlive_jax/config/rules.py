@@ -13,6 +13,7 @@ from longlive_jax.config.schema import Experiment, Model, Sample, Text, Vae
 from longlive_jax.config.walk import settings
 
 DTYPES = ("float32", "bfloat16")
+ATTENTIONS = ("auto", "cudnn", "jnp")
 SOLVERS = ("unipc", "dpmpp", "euler")
 STAGES = ("vae", "ar")
 VAE_SPACE, VAE_TIME = 16, 4  # pixels a latent, frames a latent
@@ -109,6 +110,7 @@ def check_model(model: Model) -> None:
     )
   check_divides("model.frequency_width", model.frequency_width, "2 (sine and cosine)", 2)
   check_choice("model.dtype", model.dtype, DTYPES)
+  check_choice("model.attention", model.attention, ATTENTIONS)
 
 
 def nearest_number(value: int, choices: list[int]) -> int:
@@ -172,4 +174,11 @@ def check_training(experiment: Experiment) -> None:
   if data.blocks > data.clip_blocks:
     raise ValueError(
       f"data.blocks={data.blocks} must be at most data.clip_blocks={data.clip_blocks}"
+    )
+  window = experiment.sample.window_latents // experiment.model.block_latents
+  if data.far_share > 0 and not window == data.blocks < data.clip_blocks:
+    raise ValueError(
+      f"data.far_share={data.far_share} takes what a full window sees of a longer clip:"
+      f" data.blocks={data.blocks} must equal the window's {window} blocks and be less than"
+      f" data.clip_blocks={data.clip_blocks}; or use data.far_share=0"
     )
