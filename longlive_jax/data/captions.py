@@ -17,15 +17,15 @@ def distribute_blocks(
 ) -> tuple[int, ...]:
   """Shares the blocks of a video among its captions.
 
-  The first rule that applies gives each shot its length: `durations`, else `per_shot` for each,
-  else an even split whose first shots are one longer. Shots are then used in order until the
-  video is full, the last one shortened; if they do not fill it, the last one is lengthened.
+  Shots are used in order until the video is full, the last one shortened; if they do not fill
+  it, the last one is lengthened.
 
   Args:
     n_shots: captions, >= 1.
     n_blocks: blocks of the video, >= 1.
-    per_shot: blocks a shot, >= 1.
-    durations: blocks of the first shots, each >= 1; more than `n_shots` are ignored.
+    per_shot: blocks a shot, >= 1; without it, an even split whose first shots are one longer.
+    durations: blocks of the first shots, each >= 1, before any other rule; more than `n_shots`
+      are ignored.
 
   Returns:
     Lengths of the shots that are used, at most `n_shots`; their sum is `n_blocks`.
@@ -33,10 +33,6 @@ def distribute_blocks(
   Raises:
     ValueError: a number is below 1, or `durations` is empty.
 
-  Source: inference.md §2.2.
-
-  >>> distribute_blocks(3, 12, per_shot=4)
-  (4, 4, 4)
   >>> distribute_blocks(2, 12, per_shot=4)
   (4, 8)
   >>> distribute_blocks(5, 12, per_shot=4)
@@ -55,11 +51,8 @@ def distribute_blocks(
     )
   if durations is not None:
     lengths = list(durations[:n_shots])
-  elif per_shot is not None:
-    lengths = [per_shot] * n_shots
   else:
-    base, longer = divmod(n_blocks, n_shots)
-    lengths = [base + (i < longer) for i in range(n_shots)]
+    lengths = [per_shot] * n_shots if per_shot else even_split(n_shots, n_blocks)
   used: list[int] = []
   for length in lengths:
     left = n_blocks - sum(used)
@@ -67,6 +60,12 @@ def distribute_blocks(
       used.append(min(length, left))
   used[-1] += n_blocks - sum(used)
   return tuple(used)
+
+
+def even_split(n_shots: int, n_blocks: int) -> list[int]:
+  """Blocks of each shot, as equal as can be, the longer ones first; some may be 0."""
+  base, longer = divmod(n_blocks, n_shots)
+  return [base + (i < longer) for i in range(n_shots)]
 
 
 def parse_durations(text: str) -> tuple[int, ...]:
