@@ -35,8 +35,6 @@ def distribute_blocks(
 
   >>> distribute_blocks(2, 12, per_shot=4)
   (4, 8)
-  >>> distribute_blocks(5, 12, per_shot=4)
-  (4, 4, 4)
   >>> distribute_blocks(3, 12, durations=[2, 6, 4])
   (2, 6, 4)
   >>> distribute_blocks(5, 12)
