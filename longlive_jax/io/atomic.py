@@ -11,12 +11,11 @@ from pathlib import Path
 def replacing(path: str | Path) -> Iterator[Path]:
   """Gives a hidden sibling of `path` to write to, and renames it to `path` on success.
 
-  Whatever ends the body early, an interrupt included, leaves neither `path` nor the sibling
-  behind; an older file at `path` then stays as it was.
+  Whatever ends the body early, an interrupt included, leaves nothing new behind; an older file
+  or folder at `path` then stays as it was.
 
   Args:
-    path: the file or folder to make; its parent folder is created. A folder must not exist yet
-      or be empty.
+    path: the file or folder to make; its parent folder is created.
 
   Yields:
     The temporary name, with the suffix of `path`; nothing exists there yet.
@@ -27,7 +26,13 @@ def replacing(path: str | Path) -> Iterator[Path]:
   remove(partial)
   try:
     yield partial
-    os.replace(partial, path)
+    if path.is_dir():  # only an empty folder can be replaced in one step
+      old = path.with_name(f".{path.name}.old-{os.getpid()}")
+      path.rename(old)
+      partial.rename(path)
+      remove(old)
+    else:
+      os.replace(partial, path)
   finally:
     remove(partial)
 

@@ -1,0 +1,184 @@
+"""Checkpoints of weights: one folder, one leaf per layer, checked when it is read.
+
+    FOLDER/config.json        the resolved configuration
+    FOLDER/metadata.json      what made it
+    FOLDER/dit/000, 001, ...  Orbax, each with leaves of about `GROUP_BYTES` together
+
+In memory the layers of a network are stacked: a leaf below the key "layers" has a leading layer
+axis. On disk it is one leaf a layer, "layers/0/ffn/up" and so on, so that no leaf is larger than
+a layer and saving or loading needs little more memory than the weights themselves.
+"""
+
+import contextlib
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from orbax.checkpoint import v1 as ocp
+
+from longlive_jax.checks import suggest
+from longlive_jax.io.atomic import replacing
+from longlive_jax.io.leaves import Index, disk_groups, disk_places, flat, nested, path_name
+from longlive_jax.io.train_checkpoint import TrainCheckpointer
+from longlive_jax.types import PyTree
+
+__all__ = ["TrainCheckpointer", "load_params", "read_config", "read_metadata", "save_params"]
+
+CONFIG, METADATA = "config.json", "metadata.json"
+GROUP_BYTES = 2**30
+
+
+def save_params(
+  folder: str | Path,
+  trees: Mapping[str, PyTree],
+  config: Mapping[str, object],
+  metadata: Mapping[str, object],
+  *,
+  group_bytes: int = GROUP_BYTES,
+) -> None:
+  """Writes weights with their configuration; the folder appears when it is complete.
+
+  Args:
+    folder: where to; an older checkpoint there is replaced.
+    trees: name of a network -> nested dict of arrays.
+    config: the resolved configuration, as JSON.
+    metadata: what made the weights, as JSON.
+    group_bytes: leaves are written together until they are this large.
+
+  Raises:
+    ValueError: the folder holds something that is not a checkpoint.
+  """
+  folder = Path(folder)
+  if folder.is_dir() and any(folder.iterdir()) and not (folder / CONFIG).is_file():
+    raise ValueError(f"'{folder}' holds something that is not a checkpoint; choose another folder")
+  with replacing(folder) as partial:
+    partial.mkdir()
+    for name, tree in trees.items():
+      for number, group in enumerate(disk_groups(tree, group_bytes)):
+        ocp.save((partial / name / f"{number:03d}").absolute(), nested(group))
+    (partial / METADATA).write_text(json.dumps(dict(metadata), indent=2) + "\n")
+    (partial / CONFIG).write_text(json.dumps(dict(config), indent=2) + "\n")
+
+
+def read_config(folder: str | Path) -> dict[str, object]:
+  """The configuration that was saved with the weights.
+
+  Raises:
+    FileNotFoundError: the folder is not a checkpoint.
+  """
+  return read_json(Path(folder), CONFIG)
+
+
+def read_metadata(folder: str | Path) -> dict[str, object]:
+  """What was said about the weights when they were saved; errors as for `read_config`."""
+  return read_json(Path(folder), METADATA)
+
+
+def read_json(folder: Path, name: str) -> dict[str, object]:
+  """One of the JSON files of a checkpoint."""
+  if not (folder / name).is_file():
+    raise FileNotFoundError(f"'{folder}' is not a checkpoint: it has no {name}")
+  return json.loads((folder / name).read_text())
+
+
+def load_params(
+  folder: str | Path, abstract: Mapping[str, PyTree], *, check_finite: bool = True
+) -> dict[str, PyTree]:
+  """Reads weights and stacks their layers.
+
+  Args:
+    folder: written by `save_params`.
+    abstract: name of a network -> nested dict of `jax.ShapeDtypeStruct`, which gives dtype (stored
+      numbers are converted) and, if set, sharding. Networks that it leaves out are not read.
+    check_finite: refuse NaN and infinity.
+
+  Returns:
+    Trees of `jax.Array` like `abstract`.
+
+  Raises:
+    FileNotFoundError: no checkpoint, or it lacks a network.
+    ValueError: a leaf is missing, unknown, of another shape or not finite; its name is given.
+  """
+  folder = Path(folder)
+  read_config(folder)
+  loaded = {}
+  for name, tree in abstract.items():
+    if not (folder / name).is_dir():
+      raise FileNotFoundError(f"checkpoint '{folder}' has no weights of '{name}'")
+    loaded[name] = load_network(folder / name, name, tree, check_finite)
+  return loaded
+
+
+def load_network(folder: Path, name: str, abstract: PyTree, check_finite: bool) -> PyTree:
+  """Reads the groups of one network into host memory, then places leaf by leaf."""
+  leaves = flat(abstract)
+  places: dict[str, tuple[str, Index]] = {}
+  for key, leaf in leaves.items():
+    places |= {place: (key, index) for place, index in disk_places(key, leaf.shape)}
+  groups = {path: stored_shapes(path) for path in sorted(folder.iterdir())}
+  check_leaves(
+    name,
+    {key: shape for shapes in groups.values() for key, shape in shapes.items()},
+    {k: leaves[n].shape if i is ... else leaves[n].shape[1:] for k, (n, i) in places.items()},
+  )
+  stacks = {key: np.empty(leaf.shape, leaf.dtype) for key, leaf in leaves.items()}
+  for path, shapes in groups.items():
+    empty = {key: np.empty(shape, leaves[places[key][0]].dtype) for key, shape in shapes.items()}
+    with reading(path):
+      group = ocp.load(path.absolute(), nested(empty))
+    for key, value in flat(group).items():
+      if check_finite and not is_finite(value):
+        raise ValueError(f"weights '{name}/{key}' in '{folder.parent}' are not finite (NaN or inf)")
+      target, index = places[key]
+      stacks[target][index] = value
+
+  def place(path: tuple[Any, ...], leaf: jax.ShapeDtypeStruct) -> jax.Array:
+    return jax.device_put(stacks.pop(path_name(path)), leaf.sharding)
+
+  return jax.tree_util.tree_map_with_path(place, abstract)
+
+
+def stored_shapes(path: Path) -> dict[str, tuple[int, ...]]:
+  """Name -> shape of the leaves in one Orbax folder."""
+  with reading(path):
+    found = ocp.metadata(path.absolute()).metadata
+  return {key: tuple(leaf.shape) for key, leaf in flat(found).items()}
+
+
+@contextlib.contextmanager
+def reading(path: Path) -> Iterator[None]:
+  """What Orbax says about a damaged file becomes one line that names the part."""
+  try:
+    yield
+  except (ValueError, OSError, KeyError) as error:
+    raise ValueError(f"part '{path}' of the checkpoint is damaged: it cannot be read") from error
+
+
+def is_finite(value: np.ndarray) -> bool:
+  """Whether an array holds no NaN or infinity."""
+  return not jnp.issubdtype(value.dtype, jnp.floating) or bool(np.isfinite(value).all())
+
+
+def check_leaves(
+  name: str, stored: Mapping[str, tuple[int, ...]], wanted: Mapping[str, tuple[int, ...]]
+) -> None:
+  """Raises ValueError unless the stored leaves are those that the configuration gives."""
+  advice = "; use the configuration saved beside the weights"
+  for key, shape in wanted.items():
+    if key not in stored:
+      raise ValueError(f"the checkpoint lacks '{name}/{key}'{suggest(key, stored)}{advice}")
+    if stored[key] != shape:
+      raise ValueError(
+        f"'{name}/{key}' has shape {stored[key]} in the checkpoint"
+        f" but {shape} by the configuration{advice}"
+      )
+  for key in stored:
+    if key not in wanted:
+      raise ValueError(
+        f"the checkpoint has '{name}/{key}', which the configuration has not"
+        f"{suggest(key, wanted)}{advice}"
+      )

@@ -1,0 +1,152 @@
+"""Checkpoints of a training run: the whole state, to the bit, so that a run can go on.
+
+Leaves are stored under their dotted names ("params.layers.ffn.up"), so any pytree will do and the
+stored form does not depend on its classes. Random keys are stored as their data.
+"""
+
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import jax
+from orbax.checkpoint import v1 as ocp
+
+from longlive_jax.checks import suggest
+from longlive_jax.io.leaves import flat, path_name
+from longlive_jax.types import PyTree
+
+
+class TrainCheckpointer:
+  """Saves every so many steps and restores the newest; writing goes on in the background.
+
+  Args:
+    folder: holds one folder a step.
+    every: steps between checkpoints, `io.checkpoint_every_steps`.
+    keep: newest checkpoints that are kept, `io.keep_checkpoints`.
+  """
+
+  def __init__(self, folder: str | Path, every: int, keep: int):
+    self.folder = Path(folder).absolute()
+    self.folder.mkdir(parents=True, exist_ok=True)
+    training = ocp.training
+    self._checkpointer = training.Checkpointer(
+      self.folder,
+      save_decision_policy=training.save_decision_policies.FixedIntervalPolicy(every),
+      preservation_policy=training.preservation_policies.LatestN(keep),
+      cleanup_tmp_directories=True,
+    )
+
+  @property
+  def latest_step(self) -> int | None:
+    """Step of the newest checkpoint, None if there is none."""
+    latest = self._checkpointer.latest
+    return None if latest is None else latest.step
+
+  def save(
+    self, step: int, state: PyTree, extra: dict[str, Any] | None = None, *, force: bool = False
+  ) -> bool:
+    """Saves the state if `step` is due or `force` is set.
+
+    Args:
+      step: updates done.
+      state: any pytree of arrays and random keys; it may be donated as soon as this returns.
+      extra: JSON kept beside it, such as the position in the data.
+      force: save although the step is not due.
+
+    Returns:
+      Whether it is saved; a step that is saved already is not saved again.
+    """
+    if step == self.latest_step or not (force or self._checkpointer.should_save(step)):
+      return False
+    leaves = {dotted(name): as_array(leaf) for name, leaf in flat(state).items()}
+    self._checkpointer.save_async(step, leaves, custom_metadata=extra, force=force)
+    return True
+
+  def restore_latest(self, template: PyTree) -> PyTree:
+    """The newest state, bit for bit, or `template` itself if there is none.
+
+    Args:
+      template: a state (or its shapes) whose structure, dtypes and shardings are wanted; it may
+        be on another mesh than the one that saved.
+
+    Raises:
+      ValueError: the stored state has other leaves or shapes; names one.
+    """
+    self.wait()
+    step = self.latest_step
+    if step is None:
+      return template
+    wanted = {dotted(name): abstract(leaf) for name, leaf in flat(template).items()}
+    self._check(step, wanted)
+    stored = self._checkpointer.load(step, wanted)
+
+    def take(path: tuple[Any, ...], leaf: jax.Array) -> jax.Array:
+      value = stored[dotted(path_name(path))]
+      return (
+        jax.random.wrap_key_data(value, impl=jax.random.key_impl(leaf)) if is_key(leaf) else value
+      )
+
+    return jax.tree_util.tree_map_with_path(take, template)
+
+  def latest_extra(self) -> dict[str, Any]:
+    """The `extra` of the newest checkpoint; empty if there is none."""
+    step = self.latest_step
+    if step is None:
+      return {}
+    return dict(self._checkpointer.metadata(step).custom_metadata or {})
+
+  def _check(self, step: int, wanted: dict[str, jax.ShapeDtypeStruct]) -> None:
+    found = self._checkpointer.metadata(step).metadata
+    stored = {name: tuple(leaf.shape) for name, leaf in found.items()}
+    for name in (*wanted, *stored):
+      here, there = wanted.get(name), stored.get(name)
+      if here is None or there is None or here.shape != there:
+        hint = suggest(name, stored) if there is None else ""
+        raise ValueError(
+          f"checkpoint '{self.folder / str(step)}' does not fit this run: '{name}' is"
+          f" {there or 'absent'} there and {here.shape if here else 'absent'} here{hint};"
+          " use the same configuration or another workdir"
+        )
+
+  def wait(self) -> None:
+    """Returns when everything saved so far is on disk."""
+    self._checkpointer.wait()
+
+  def close(self) -> None:
+    """Waits and lets go of the folder."""
+    self._checkpointer.close()
+
+  def __enter__(self) -> "TrainCheckpointer":
+    return self
+
+  def __exit__(
+    self,
+    kind: type[BaseException] | None,
+    error: BaseException | None,
+    trace: TracebackType | None,
+  ) -> None:
+    self.close()
+
+
+def dotted(name: str) -> str:
+  """A name that is one path component."""
+  return name.replace("/", ".")
+
+
+def is_key(leaf: Any) -> bool:
+  """Whether a leaf holds random keys."""
+  return jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+
+
+def as_array(leaf: Any) -> Any:
+  """A leaf as it is stored."""
+  return jax.random.key_data(leaf) if is_key(leaf) else leaf
+
+
+def abstract(leaf: Any) -> jax.ShapeDtypeStruct:
+  """Shape, dtype and place of a leaf as it is stored."""
+  stored = jax.eval_shape(jax.random.key_data, leaf) if is_key(leaf) else leaf
+  sharding = getattr(leaf, "sharding", None)
+  if sharding is None or is_key(leaf):
+    sharding = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+  return jax.ShapeDtypeStruct(stored.shape, stored.dtype, sharding=sharding)
