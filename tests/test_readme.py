@@ -1,0 +1,164 @@
+"""The README runs as written.
+
+Blocks of ```python run in order in one namespace. Of ```bash blocks, every `make X` must be a
+target and every `python -m X --flag=...` a module with such flags. An HTML comment right before a
+block changes that: `<!-- not run: reason -->` skips it, `<!-- run -->` also executes its commands.
+"""
+
+import ast
+import dataclasses
+import importlib.util
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from longlive_jax.config.walk import check_setting_name
+
+ROOT = Path(__file__).resolve().parent.parent
+BLOCK = re.compile(
+  r"(?:<!--\s*(?P<note>[^>]*?)\s*-->\s*\n)?```(?P<kind>\w+)\n(?P<text>.*?)```", re.S
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Block:
+  """A fenced block: its language, text, line, and the comment before it."""
+
+  kind: str
+  text: str
+  line: int
+  note: str
+
+
+def blocks(markdown: str) -> list[Block]:
+  """All blocks that are not marked `not run`; a mark must give its reason."""
+  found = []
+  for match in BLOCK.finditer(markdown):
+    note = match["note"] or ""
+    line = markdown[: match.start("text")].count("\n") + 1
+    if note.startswith("not run"):
+      assert re.fullmatch(r"not run: .+", note), f"README.md:{line}: say why it is not run"
+      continue
+    found.append(Block(match["kind"], match["text"], line, note))
+  return found
+
+
+def commands(block: Block) -> list[list[str]]:
+  """The commands of a bash block, without comments, prompts and what they print."""
+  lines = block.text.replace("\\\n", " ").splitlines()
+  if any(line.startswith("$ ") for line in lines):
+    lines = [line[2:] for line in lines if line.startswith("$ ")]
+  split = [shlex.split(line, comments=True) for line in lines]
+  return [words for words in split if words]
+
+
+def make_targets() -> set[str]:
+  """The targets of the Makefile."""
+  return set(re.findall(r"^([a-z][\w-]*):(?!=)", (ROOT / "Makefile").read_text(), re.M))
+
+
+def flags_of(module: str) -> set[str]:
+  """Names of the flags that a module defines, by absl or argparse."""
+  spec = importlib.util.find_spec(module)
+  assert spec and spec.origin, f"there is no module {module}"
+  names = {"help", "debug"}
+  for node in ast.walk(ast.parse(Path(spec.origin).read_text())):
+    if not isinstance(node, ast.Call):
+      continue
+    called = ast.unparse(node.func)
+    first = node.args[0].value if node.args and isinstance(node.args[0], ast.Constant) else ""
+    if called == "define_config_flag":
+      names.add("config")
+    elif "DEFINE_" in called or called.endswith("add_argument"):
+      names.add(str(first).lstrip("-"))
+  return names
+
+
+def check_command(words: list[str]) -> None:
+  """Fails unless a command could run: module, flags, settings and files that it reads exist."""
+  if words[0] == "make":
+    targets = {word for word in words[1:] if "=" not in word}
+    assert targets <= make_targets(), f"no such make target: {targets - make_targets()}"
+  if not re.fullmatch(r"(\S*/)?python3?", words[0]) or words[1:2] != ["-m"]:
+    return
+  module, arguments = words[2], words[3:]
+  known = flags_of(module)
+  for argument in arguments:
+    if not argument.startswith("--"):
+      continue
+    name, _, value = argument[2:].partition("=")
+    if "." in name:
+      check_setting_name(name.partition(".")[2])
+      name = name.partition(".")[0]
+    assert name in known, f"{module} has no flag --{name}"
+    path = value.partition(":")[0]
+    if path.startswith("configs/"):
+      assert (ROOT / path).is_file(), f"there is no file {path}"
+
+
+def check_readme(markdown: str) -> None:
+  """Checks, and runs where it is asked for, all blocks of a page."""
+  namespace: dict[str, object] = {"__name__": "readme"}
+  for block in blocks(markdown):
+    where = f"README.md:{block.line}"
+    if block.kind == "python":
+      code = compile("\n" * (block.line - 1) + block.text, "README.md", "exec")
+      exec(code, namespace)
+    elif block.kind in ("bash", "sh", "console"):
+      for words in commands(block):
+        check_command(words)
+        if block.note == "run":
+          program = sys.executable if words[0] == "python" else words[0]
+          done = subprocess.run([program, *words[1:]], cwd=ROOT, capture_output=True, text=True)
+          assert done.returncode == 0, f"{where}: {shlex.join(words)}\n{done.stderr}"
+
+
+def test_readme(monkeypatch):
+  monkeypatch.chdir(ROOT)
+  text = (ROOT / "README.md").read_text()
+  assert blocks(text), "the README has no block to check"
+  check_readme(text)
+
+
+def page(kind: str, text: str, note: str = "") -> str:
+  return f"{note}\n```{kind}\n{text}\n```\n"
+
+
+@pytest.mark.parametrize(
+  "text",
+  [
+    page("bash", "make nonsense"),
+    page("bash", "python -m launch.nonsense"),
+    page("bash", "python -m launch.sample --nonsense=1"),
+    page("bash", "python -m launch.sample --config=configs/nonsense.py"),
+    page("bash", "python -m launch.sample \\\n  --config=configs/tiny.py --config.train.lrr=1"),
+    page("bash", "$ make nonsense\nits output"),
+    page("bash", "python -c 'raise SystemExit(3)'", "<!-- run -->"),
+    page("python", "raise ValueError"),
+    page("python", "x = 1") + page("python", "assert x == 2"),
+    page("python", "x = 1", "<!-- not run -->"),
+  ],
+)
+def test_wrong_pages_fail(text):
+  with pytest.raises((AssertionError, ValueError, ModuleNotFoundError)):
+    check_readme(text)
+
+
+@pytest.mark.parametrize(
+  "text",
+  [
+    page("bash", "make demo test PYTHON=python3.13  # both"),
+    page("bash", "$ make demo\nmake nonsense is only output"),
+    page("bash", "python -m launch.sample --config=configs/tiny.py:i2v --config.sample.steps=8"),
+    page("bash", "python -c 'pass'", "<!-- run -->"),
+    page("bash", "make nonsense", "<!-- not run: it does not exist -->"),
+    page("python", "x = 1") + page("python", "assert x == 1"),
+    page("text", "anything"),
+  ],
+)
+def test_right_pages_pass(text):
+  check_readme(text)
