@@ -193,7 +193,8 @@ def indexed(image: Image.Image, palette: Image.Image) -> av.VideoFrame:
   colours = np.asarray(palette.getpalette("RGB"), np.uint8).reshape(-1, 3)
   table = np.full((256, 4), 255, np.uint8)  # alpha, red, green, blue
   table[: len(colours), 1:] = colours
-  return av.VideoFrame.from_ndarray((np.asarray(chosen), table), format="pal8")
+  pair: Any = np.asarray(chosen), table  # the form that pal8 takes, though it is not declared
+  return av.VideoFrame.from_ndarray(pair, format="pal8")
 
 
 def write_pngs(path: Path, frames: Iterator[np.ndarray], fps: Fraction, crf: int) -> int:
