@@ -1,0 +1,153 @@
+"""The shapes world: deterministic, of any length, and the same however it is drawn."""
+
+import itertools
+import json
+
+import jax
+import numpy as np
+import pytest
+
+from longlive_jax.config import Video
+from longlive_jax.data import shapes, shapes_render, shapes_spec
+
+VIDEO = Video(height=64, width=96)
+LENGTHS = shapes.shot_frames((1, 1), 8)
+
+
+def clip(seed: int, lengths=LENGTHS, video: Video = VIDEO) -> shapes.ClipSpec:
+  return shapes.sample_clip(np.random.default_rng(seed), lengths, video)
+
+
+def thing(direction: str = "right", shape: str = "circle", **changes) -> shapes.ObjectSpec:
+  values = {"speed": 1 / 64, "size": 0.3, "start": (0.5, 0.25)} | changes
+  return shapes.ObjectSpec("red", shape, direction, **values)
+
+
+def single(item: shapes.ObjectSpec, frames: int = 8) -> shapes.ClipSpec:
+  return shapes.ClipSpec((shapes.ShotSpec((item,), "night", frames),))
+
+
+def test_shots_start_at_block_borders():
+  assert shapes.shot_frames((1, 1), 8) == (29, 32)
+  assert shapes.shot_frames((4,), 8) == (125,)
+  assert sum(shapes.shot_frames((5, 4, 3), 8)) == 29 + 32 * 11
+  assert clip(0).first_frames == (0, 29)
+
+
+def test_same_seed_same_clip():
+  assert clip(3) == clip(3)
+  assert clip(3) != clip(4)
+  np.testing.assert_array_equal(shapes.render(clip(3), VIDEO), shapes.render(clip(3), VIDEO))
+
+
+def test_a_frame_does_not_depend_on_the_length():
+  short, long = clip(5, (29,)), clip(5, (400,))
+  picture = shapes.render(short, VIDEO)
+  assert picture.shape == (29, 64, 96, 3) and picture.dtype == np.uint8
+  np.testing.assert_array_equal(picture, shapes.render(long, VIDEO, 0, 29))
+  part = shapes.render(long, VIDEO, 17, 29)
+  np.testing.assert_array_equal(picture[17:], part)
+  assert shapes.render(long, VIDEO, 390).shape[0] == 10
+  assert shapes.render(long, VIDEO, 5, 5).shape == (0, 64, 96, 3)
+
+
+def captions() -> list[str]:
+  looks = list(itertools.product(shapes_render.COLOURS, shapes_render.SHAPES))
+  out = []
+  for background in ("checker", "fog"):
+    for pair in (("left", "right"), ("up", "down")):
+      items = [shapes.ObjectSpec(c, s, d, 0.01, 0.3, (0.5, 0.5)) for (c, s) in looks for d in pair]
+      shots = [(a,) for a in items] + list(itertools.product(items, items))
+      out += [shapes.ShotSpec(shot, background, 1).caption() for shot in shots]
+  return out
+
+
+def test_captions_are_short_and_name_one_shot_each():
+  every = captions()
+  assert len(set(every)) == len(every)
+  assert max(len(text.encode()) for text in every) <= shapes_spec.MAX_CAPTION_BYTES
+  assert "one red circle moving left, over fog" in every
+  assert "north red circle moving left, south blue square heading right, over fog" in every
+  assert "west red circle moving up, east blue square heading down, over fog" in every
+
+
+def test_consecutive_shots_differ_in_background_and_colours():
+  for before, after in itertools.pairwise(clip(1, (8,) * 200).shots):
+    assert before.background != after.background
+    assert not {o.colour for o in before.objects} & {o.colour for o in after.objects}
+
+
+@pytest.mark.parametrize("size", [(64, 96), (96, 64), (64, 64)])
+def test_two_objects_keep_to_their_lanes(size):
+  video = Video(height=size[0], width=size[1])
+  shots = [s for s in clip(2, (8,) * 200, video).shots if len(s.objects) == 2]
+  assert len(shots) > 50
+  for shot in shots:
+    first, second = shot.objects
+    assert first.horizontal == second.horizontal and first.colour != second.colour
+    axis = 0 if first.horizontal else 1
+    for lane, item in enumerate(shot.objects):
+      half = item.size / 2 * min(size) / size[axis]
+      assert lane / 2 < item.start[axis] - half
+      assert item.start[axis] + half < (lane + 1) / 2
+
+
+def test_packed_clips_give_the_same_picture():
+  specs = [clip(7), clip(8), clip(9, (61,))]
+  indices = np.asarray([0, 28, 29, 60, 3])
+  packed = shapes.pack_many(specs, 4)
+  batch = shapes.render_batch(packed, indices, height=64, width=96)
+  assert batch.shape == (3, 5, 64, 96, 3) and batch.dtype == np.float32
+  draw = jax.vmap(lambda one: shapes.render_packed(one, indices, 64, 96))
+  np.testing.assert_allclose(draw(packed), batch, atol=1e-4)
+  for spec, pixels in zip(specs, np.asarray(batch), strict=True):
+    assert pixels.min() >= -1.0 and pixels.max() <= 1.0
+    whole = shapes.render(spec, VIDEO)[indices]
+    assert np.abs((pixels + 1) * 127.5 - whole).max() <= 1.0
+
+
+@pytest.mark.parametrize(
+  ("direction", "axis", "sign"), [("left", 1, -1), ("right", 1, 1), ("up", 0, -1), ("down", 0, 1)]
+)
+@pytest.mark.parametrize("shape", shapes_render.SHAPES)
+def test_the_world_is_a_torus(direction, axis, sign, shape):
+  size = (64, 96)[axis]
+  picture = shapes.render(single(thing(direction, shape), size + 1), VIDEO)
+  red = picture[..., 0].astype(np.int64) - picture[..., 2]  # the night has a gradient, red has not
+  np.testing.assert_allclose(red[size], red[0], atol=2)  # once around, one pixel a frame
+  np.testing.assert_allclose(red[40], np.roll(red[0], 40 * sign, axis), atol=8)
+  assert np.ptp((red > 100).sum(axis=(1, 2))) <= 2
+
+
+def test_edges_are_smooth():
+  picture = shapes.render(single(thing(start=(0.5, 0.503))), VIDEO)[0]
+  values = np.unique(picture[32, :, 0])
+  assert values.size >= 3
+  assert values.max() == shapes_render.COLOURS["red"][0]
+
+
+def test_backgrounds_have_little_colour_and_differ():
+  plates = np.asarray(shapes_render.backgrounds(96, 160))
+  assert np.ptp(plates, axis=-1).max() < 40
+  for a, b in itertools.combinations(plates, 2):
+    assert np.abs(a - b).mean() > 25
+  colours = np.asarray(list(shapes_render.COLOURS.values()))
+  assert np.ptp(colours, axis=-1).min() > 140
+
+
+def test_bad_settings_are_named():
+  with pytest.raises(ValueError, match=r"video\.height=90"):
+    clip(0, video=Video(height=90, width=160))
+  with pytest.raises(ValueError, match="max_shots=1"):
+    shapes.pack(clip(0), 1)
+  with pytest.raises(ValueError, match="shot_blocks"):
+    shapes.shot_frames((1, 0), 8)
+  with pytest.raises(ValueError, match="number of shots"):
+    clip(0, ())
+
+
+def test_clips_are_written_as_one_file_a_shot(tmp_path):
+  shapes.write_clips(tmp_path, 1, 0, (1, 1), VIDEO)
+  assert sorted(p.name for p in (tmp_path / "video" / "00000").iterdir()) == ["0.mp4", "1.mp4"]
+  text = json.loads((tmp_path / "caption" / "00000" / "1.json").read_text())
+  assert text == {"caption": clip((0, 0)).shots[1].caption()}
