@@ -24,6 +24,11 @@ from tests.parity.records import Compared, Refused, compare
 ATOL, RTOL = 5e-5, 2e-4
 
 
+def window(config: dict) -> int:
+  """Latents of the cache."""
+  return config.get("cache_frames", config["local_attn_size"])
+
+
 def pins(variant: dict) -> bool:
   """Whether a cut pins its block."""
   return bool(variant.get("multi_shot_sink")) and variant.get("sink", 0) > 0
@@ -35,7 +40,7 @@ def experiment_of(config: dict, variant: dict) -> Experiment:
     model=model_of(config),
     video=Video(height=16 * config["H"], width=16 * config["W"]),
     sample=Sample(
-      window_latents=config["cache_frames"],
+      window_latents=window(config),
       sink_latents=variant.get("sink", 0),
       pin_shots=pins(variant),
       shot_offset_latents=float(config["phi"]) if variant.get("rope_offset") else 0.0,
@@ -48,8 +53,7 @@ def experiment_of(config: dict, variant: dict) -> Experiment:
 
 def refusal(config: dict, variant: dict) -> str:
   """Why a variant cannot be asked of us; "" = it can."""
-  smaller = variant.get("max_attention_frames") or config["cache_frames"]
-  if smaller < config["cache_frames"]:
+  if (variant.get("max_attention_frames") or window(config)) < window(config):
     return "the attended window is smaller than the cache; sample.window_latents is both"
   if variant.get("start_frame"):
     return "start_frame: a video starts at latent 0"
