@@ -120,7 +120,7 @@ def read(file: Path) -> tuple[Archive, dict]:
     ValueError: the file is damaged or has no configuration.
   """
   try:
-    with np.load(file, allow_pickle=False) as stored:
+    with file.open("rb") as stream, np.load(stream, allow_pickle=False) as stored:
       arrays = {name: stored[name] for name in stored.files}
     config = json.loads(str(arrays.pop("config_json")))
   except UNREADABLE as error:
