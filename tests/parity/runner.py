@@ -119,6 +119,8 @@ def read(file: Path) -> tuple[Archive, dict]:
   Raises:
     ValueError: the file is damaged or has no configuration.
   """
+  if not zipfile.is_zipfile(file):
+    raise ValueError(f"cannot read {file}: it is damaged, or no .npz file")
   try:
     with file.open("rb") as stream, np.load(stream, allow_pickle=False) as stored:
       arrays = {name: stored[name] for name in stored.files}
