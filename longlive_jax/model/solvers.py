@@ -118,7 +118,7 @@ def step(row: Coefficients, state: SolverState, velocity: Array) -> SolverState:
   corrected = row.k * state.x + row.a * state.corrected
   corrected = corrected + row.b0 * m + row.b1 * state.m1 + row.b2 * state.m2
   x = row.p * corrected + row.q0 * m + row.q1 * state.m1
-  return SolverState(x, corrected, m, state.m1)
+  return SolverState(jnp.asarray(x), jnp.asarray(corrected), jnp.asarray(m), state.m1)
 
 
 def plan(solver: str, steps: int, shift: float) -> SolverPlan:

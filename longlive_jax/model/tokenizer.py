@@ -10,7 +10,7 @@ import dataclasses
 import html
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -44,10 +44,7 @@ class Tokenizer(Protocol):
     ...
 
 
-class Codec(Protocol):
-  """Text to ids without end token or padding."""
-
-  def __call__(self, text: str) -> list[int]: ...
+Codec = Callable[[str], list[int]]  # text to ids, without end token or padding
 
 
 def clean(text: str) -> str:
