@@ -10,6 +10,8 @@ three taps, which are then shifted in time and added. XLA's CPU backend has no f
 first.
 """
 
+import math
+
 import jax
 import jax.numpy as jnp
 from absl import logging
@@ -22,8 +24,15 @@ from longlive_jax.types import Array
 FORMS = ("conv2d", "conv3d")
 HISTORY = 2  # frames a causal convolution carries
 
-# as the original: uniform in +-1/sqrt(fan in)
-_uniform = jax.nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
+
+def uniform(rngs: nnx.Rngs, shape: tuple[int, ...]) -> Array:
+  """Kernel uniform in +-1 / sqrt(fan in), as the original's; the last axis is the output.
+
+  Drawn flat: XLA compiles the counters of a random array of many axes very slowly on CPU.
+  """
+  bound = math.prod(shape[:-1]) ** -0.5
+  flat = jax.random.uniform(rngs.params(), (math.prod(shape),), jnp.float32, -bound, bound)
+  return flat.reshape(shape)
 
 
 def choose_form(form: str | None = None) -> str:
@@ -96,7 +105,7 @@ class Pointwise(nnx.Module):
   """1x1x1 convolution, the dense layer over channels; kernel `[in, out]`."""
 
   def __init__(self, size_in: int, size_out: int, rngs: nnx.Rngs):
-    self.kernel = nnx.Param(_uniform(rngs.params(), (size_in, size_out), jnp.float32))
+    self.kernel = nnx.Param(uniform(rngs, (size_in, size_out)))
     self.bias = nnx.Param(jnp.zeros((size_out,), jnp.float32))
 
   def __call__(self, x: Array) -> Array:
@@ -109,7 +118,7 @@ class SpatialConv(nnx.Module):
   """3x3 convolution of every frame; kernel `[3, 3, in, out]`."""
 
   def __init__(self, size: int, rngs: nnx.Rngs):
-    self.kernel = nnx.Param(_uniform(rngs.params(), (3, 3, size, size), jnp.float32))
+    self.kernel = nnx.Param(uniform(rngs, (3, 3, size, size)))
     self.bias = nnx.Param(jnp.zeros((size,), jnp.float32))
 
   def halve(self, x: Array) -> Array:
@@ -118,11 +127,36 @@ class SpatialConv(nnx.Module):
     return (y + self.bias[...]).astype(x.dtype)
 
   def double(self, x: Array) -> Array:
-    """Repeats every pixel 2x2, then convolves: `[B, T, H, W, C] -> [B, T, 2H, 2W, C]`."""
+    """Repeats every pixel 2x2, then convolves: `[B, T, H, W, C] -> [B, T, 2H, 2W, C]`.
+
+    The three rows that an output row reads are copies of two input rows, so the kernel folds into
+    four kernels of 2x2, one for each parity of (row, column): 4/9 of the work, and the repeated
+    frames never exist.
+    """
     batch, frames, height, width, size = x.shape
-    y = jnp.broadcast_to(x[:, :, :, None, :, None], (batch, frames, height, 2, width, 2, size))
-    y = spatial_conv(y.reshape(batch, frames, 2 * height, 2 * width, size), self.kernel[...])
+    kernel = _fold(_fold(self.kernel[...], 0), 1).reshape(2, 2, size, 4 * size)
+    y = spatial_conv(x, kernel).reshape(batch, frames, height + 1, width + 1, 2, 2, size)
+    rows = [
+      jnp.stack([y[:, :, q : q + height, r : r + width, q, r] for r in range(2)], 4)
+      for q in range(2)
+    ]
+    y = jnp.stack(rows, 3).reshape(batch, frames, 2 * height, 2 * width, size)
     return (y + self.bias[...]).astype(x.dtype)
+
+
+def _fold(kernel: Array, axis: int) -> Array:
+  """Three taps on doubled pixels as two taps on single ones, for even and odd outputs.
+
+  Args:
+    kernel: three taps (a, b, c) along `axis`; the last axis is the output.
+
+  Returns:
+    Two taps along `axis` and a new axis before the last one: even (a, b + c), odd (a + b, c).
+  """
+  a, b, c = jnp.split(kernel, 3, axis)
+  even = jnp.concatenate([a, b + c], axis)
+  odd = jnp.concatenate([a + b, c], axis)
+  return jnp.stack([even, odd], -2)
 
 
 class CausalConv(nnx.Module):
@@ -136,7 +170,7 @@ class CausalConv(nnx.Module):
 
   def __init__(self, size_in: int, size_out: int, form: str, rngs: nnx.Rngs, extent: int = 3):
     shape = (3, extent, extent, size_in, size_out)
-    self.kernel = nnx.Param(_uniform(rngs.params(), shape, jnp.float32))
+    self.kernel = nnx.Param(uniform(rngs, shape))
     self.bias = nnx.Param(jnp.zeros((size_out,), jnp.float32))
     self.form = form
 
