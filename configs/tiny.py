@@ -1,51 +1,96 @@
 """The embedded default: the shapes world at 96x160, faster than 24 frames a second on two cores.
 
-Variants: "" (text to video) and "i2v" (the first latent is given).
+Variants, joined by commas: "" (text to video), "i2v" (the first latent is given), "vae" (train the
+autoencoder), "ar" (train the transformer, in bfloat16).
 """
 
 from longlive_jax.checks import check_choice
-from longlive_jax.config.schema import Data, Experiment, Model, Sample, Text, Train, Vae, Video
+from longlive_jax.config.schema import (
+  Data,
+  Experiment,
+  Io,
+  Model,
+  Sample,
+  Text,
+  Train,
+  Vae,
+  Video,
+)
 
 
 def get_config(variant: str = "") -> Experiment:
-  """The tiny preset; `variant` is "" or "i2v"."""
-  check_choice("variant of configs/tiny.py", variant, ("", "i2v"))
-  text = Text(
-    vocabulary=260,
-    width=128,
-    attention_width=128,
-    ffn_width=256,
-    heads=8,
-    layers=2,
-    length=96,
-    tokenizer="bytes",
-    frozen_seed=0,
-  )
-  return Experiment(
+  """The tiny preset with its variants applied."""
+  config = Experiment(
     name="tiny",
     model=Model(
-      width=256,
-      ffn_width=1024,
+      width=192,
+      ffn_width=768,
       heads=4,
       layers=8,
+      frequency_width=128,
       block_latents=8,
       shift=3.0,
       dtype="float32",
-      text=text,
-      vae=Vae(encoder_width=16, decoder_width=12, residual_blocks=1),
+      text=Text(
+        vocabulary=260,
+        width=128,
+        attention_width=128,
+        ffn_width=256,
+        heads=8,
+        layers=2,
+        length=112,
+        tokenizer="bytes",
+        frozen_seed=0,
+      ),
+      vae=Vae(encoder_width=14, decoder_width=10, residual_blocks=1),
     ),
     video=Video(height=96, width=160, fps=24),
-    sample=Sample(steps=16, guidance=1.0),
-    data=Data(),
-    train=Train(
-      steps=20000,
-      batch=16,
-      lr=3e-4,
-      warmup_steps=500,
-      beta1=0.9,
-      beta2=0.99,
-      ema=0.999,
-      clip_norm=1.0,
-      first_latent=variant == "i2v",
-    ),
+    sample=Sample(steps=16, cut_prefix="Cut. "),
+    data=Data(clips=16384, far_share=0.5),
+    io=Io(checkpoint="tiny", compile_cache=".jax_cache"),
+  )
+  for name in filter(None, variant.split(",")):
+    check_choice("variant of configs/tiny.py", name, ("ar", "i2v", "vae"))
+    {"ar": train_ar, "i2v": first_latent, "vae": train_vae}[name](config)
+  return config
+
+
+def first_latent(config: Experiment) -> None:
+  """Image to video: the first latent is given and carries no loss."""
+  config.train.first_latent = True
+
+
+def train_vae(config: Experiment) -> None:
+  """Stage "vae", from fresh weights."""
+  config.io.checkpoint = ""
+  config.train = Train(
+    stage="vae",
+    steps=6000,
+    batch=64,
+    lr=2e-3,
+    final_lr_fraction=0.02,
+    warmup_steps=200,
+    beta1=0.9,
+    beta2=0.99,
+    clip_norm=1.0,
+    ema=0.998,
+    kl_weight=1e-3,
+  )
+
+
+def train_ar(config: Experiment) -> None:
+  """Stage "ar"; `io.checkpoint` must name the result of stage "vae"."""
+  config.model.dtype = "bfloat16"
+  config.train = Train(
+    stage="ar",
+    steps=20000,
+    batch=256,
+    lr=1e-3,
+    final_lr_fraction=0.02,
+    warmup_steps=500,
+    beta1=0.9,
+    beta2=0.99,
+    weight_decay=0.01,
+    clip_norm=1.0,
+    ema=0.999,
   )

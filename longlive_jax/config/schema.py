@@ -124,7 +124,7 @@ class Data(Section):
   clips: int = 4096  # clips made ahead and kept as latents
   clip_blocks: int = 8  # length of those
   blocks: int = 4  # blocks a training sample takes of a clip
-  far_share: float = 0.5  # share of samples that see the blocks a late block of a rollout sees
+  far_share: float = 0.0  # share of samples that see the blocks a late block of a rollout sees
   max_shots: int = 3
   vae_latents: int = 6  # length of the clips of stage "vae"
   seed: int = 1

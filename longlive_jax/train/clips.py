@@ -94,7 +94,7 @@ def make_bank(
   """
   data, sample, f = experiment.data, experiment.sample, experiment.model.block_latents
   specs, lengths = make_clips(experiment, data.clips, data.seed)
-  packed = shapes.pack(specs)
+  packed = shapes.pack_many(specs, data.max_shots)
   frames = jnp.arange(4 * f * data.clip_blocks - 3)
   video = experiment.video
 
@@ -150,4 +150,4 @@ def vae_clips(experiment: Experiment, count: int) -> Any:
     cut = 4 * int(rng.integers(1, experiment.data.vae_latents)) - 3
     shots = [cut, frames - cut] if rng.random() < 0.5 else [frames]
     specs.append(shapes.sample_clip(rng, shots, experiment.video))
-  return shapes.pack(specs)
+  return shapes.pack_many(specs, 2)

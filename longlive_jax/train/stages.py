@@ -83,8 +83,10 @@ def train_ar(experiment: Experiment, models: Models, workdir: str | Path) -> PyT
     Averaged parameters of the transformer.
   """
   optimizer = make_optimizer(experiment.train)
-  vae, params = models.vae, models.params["vae"]
-  bank = clips.make_bank(experiment, lambda video: vae.bind(params).encode(video), models.tokenizer)
+  vae, params, f = models.vae, models.params["vae"], experiment.model.block_latents
+  bank = clips.make_bank(
+    experiment, lambda video: vae.bind(params).encode(video, f), models.tokenizer
+  )
   logging.info("bank of %d clips, latents %s", experiment.data.clips, bank.latents.shape)
   step = ar_step(experiment, models, optimizer)
   state = init_state(models.params["dit"], optimizer)
