@@ -46,7 +46,7 @@ def get_config(variant: str = "") -> Experiment:
     ),
     video=Video(height=96, width=160, fps=24),
     sample=Sample(steps=16, cut_prefix="Cut. "),
-    data=Data(clips=16384, far_share=0.5),
+    data=Data(clips=16384),
     io=Io(checkpoint="tiny", compile_cache=".jax_cache"),
   )
   for name in filter(None, variant.split(",")):
@@ -81,6 +81,7 @@ def train_vae(config: Experiment) -> None:
 def train_ar(config: Experiment) -> None:
   """Stage "ar"; `io.checkpoint` must name the result of stage "vae"."""
   config.model.dtype = "bfloat16"
+  config.data.far_share = 0.5
   config.train = Train(
     stage="ar",
     steps=20000,

@@ -16,6 +16,7 @@ DTYPES = ("float32", "bfloat16")
 ATTENTIONS = ("auto", "cudnn", "jnp")
 SOLVERS = ("unipc", "dpmpp", "euler")
 STAGES = ("vae", "ar")
+REMATS = ("none", "dots", "full")
 VAE_SPACE, VAE_TIME = 16, 4  # pixels a latent, frames a latent
 
 # A whole number must be at least 1 and any other number at least 0, unless listed here.
@@ -166,6 +167,7 @@ def check_training(experiment: Experiment) -> None:
   """The training loop and its data."""
   train, data = experiment.train, experiment.data
   check_choice("train.stage", train.stage, STAGES)
+  check_choice("train.remat", train.remat, REMATS)
   if data.max_shots > data.clip_blocks:
     raise ValueError(
       f"data.max_shots={data.max_shots} must be at most data.clip_blocks={data.clip_blocks}:"

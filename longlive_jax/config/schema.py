@@ -147,6 +147,7 @@ class Train(Section):
   ema: float = 0.99
   ema_start_step: int = 0
   first_latent: bool = False  # image-to-video: the first latent is given and carries no loss
+  remat: str = "none"  # what the backward pass recomputes: none | dots | full
   kl_weight: float = 1e-4  # stage "vae"
   seed: int = 0
 

@@ -84,7 +84,7 @@ def _label(mask: np.ndarray) -> np.ndarray:
   return group.astype(np.int32)[labels]  # background is the first node, so its group is 0
 
 
-def _wrap(offset: np.ndarray, size: float) -> np.ndarray:
+def _wrap(offset: np.ndarray, size: float | np.ndarray) -> np.ndarray:
   """Returns the offset on a circle of length `size`, in [-size/2, size/2)."""
   return (offset + size / 2) % size - size / 2
 

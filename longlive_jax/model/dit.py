@@ -33,6 +33,9 @@ from longlive_jax.model.module import Network, declare, stack_layers
 from longlive_jax.model.ops import REFERENCE, Ops, Plan
 from longlive_jax.types import Array
 
+# What a layer keeps for its backward pass.
+REMAT = {"dots": jax.checkpoint_policies.dots_saveable, "full": None}
+
 small_normal = jax.nn.initializers.normal(0.02)
 
 
@@ -197,7 +200,7 @@ class DiT(nnx.Module):
     context_timesteps: Array | None = None,
     pieces: int = 1,
     head: bool = True,
-    remat: bool = False,
+    remat: str = "none",
     ops: Ops = REFERENCE,
   ) -> tuple[Array | None, Any]:
     """Predicts velocities.
@@ -212,7 +215,7 @@ class DiT(nnx.Module):
       context_timesteps: `[B, F]`; default 0.
       pieces: prompts a sample; each half of the tokens is cut into as many equal runs.
       head: False stops after the layers (a pass that only fills the cache).
-      remat: recompute layers in the backward pass.
+      remat: what the backward pass recomputes: none | dots (all but matrix products) | full.
       ops: matmul, attend, norm.
 
     Returns:
@@ -233,7 +236,8 @@ class DiT(nnx.Module):
     if not head:
       return None, cache
     out = self.head(x[:, -tokens:], embedding, ops)
-    return unpatchify(out, latents.shape[1:4], patch), cache
+    frames, height, width = latents.shape[1:4]
+    return unpatchify(out, (frames, height, width), patch), cache
 
   def _scan(
     self,
@@ -244,7 +248,7 @@ class DiT(nnx.Module):
     cache: Any,
     ops: Ops,
     pieces: int,
-    remat: bool,
+    remat: str,
   ) -> tuple[Array, Any]:
     graph, state = nnx.split(self.layers)
 
@@ -254,8 +258,8 @@ class DiT(nnx.Module):
       x, cache = carry
       return layer(x, conditions, (text_k, text_v), plan, cache, index, ops, pieces), None
 
-    if remat:
-      body = jax.checkpoint(body, prevent_cse=False)
+    if remat != "none":
+      body = jax.checkpoint(body, prevent_cse=False, policy=REMAT[remat])
     inputs = (jnp.arange(self.cfg.layers), state, text.k, text.v)
     return jax.lax.scan(body, (x, cache), inputs)[0]
 

@@ -91,7 +91,7 @@ def training_table(shift: float, steps: int = TIMESTEPS) -> Table:
   return flow_match_table(steps, shift, extra=True)
 
 
-def nearest_index(table: Table, timestep: ArrayLike) -> Array:
+def nearest_index(table: Table, timestep: ArrayLike | float) -> Array:
   """Index of the entry whose timestep is nearest, the first one on a tie.
 
   Args:
@@ -105,7 +105,7 @@ def nearest_index(table: Table, timestep: ArrayLike) -> Array:
   return jnp.argmin(distance, -1).astype(jnp.int32)
 
 
-def sigma_at(table: Table, timestep: ArrayLike) -> Array:
+def sigma_at(table: Table, timestep: ArrayLike | float) -> Array:
   """Sigma of the nearest entry, for timesteps of any shape."""
   return jnp.asarray(table.sigmas)[nearest_index(table, timestep)]
 

@@ -40,10 +40,36 @@ Attend = Callable[[Array, Array, Array, Any, Array | int, Plan], tuple[Array, An
 Norm = Callable[[Array, Array, Array, float], Array]
 
 
+@jax.custom_vjp
+def product(x: Array, w: Array) -> Array:
+  """`x [..., in] @ w [in, out]` with operands in x's dtype and a float32 result.
+
+  Its three products (fprop, dgrad, wgrad) all take operands in x's dtype: derived automatically,
+  dgrad and wgrad would multiply a float32 cotangent, at a fraction of the speed.
+  """
+  return jnp.dot(x, w.astype(x.dtype), preferred_element_type=jnp.float32)
+
+
+def _fprop(x: Array, w: Array) -> tuple[Array, tuple[Array, Array]]:
+  return product(x, w), (x, w)
+
+
+def _dgrad_wgrad(saved: tuple[Array, Array], g: Array) -> tuple[Array, Array]:
+  x, w = saved
+  narrow = g.astype(x.dtype)
+  dx = jnp.dot(narrow, w.astype(x.dtype).T, preferred_element_type=jnp.float32)
+  rows, columns = x.reshape(-1, x.shape[-1]), narrow.reshape(-1, g.shape[-1])
+  dw = jnp.dot(rows.T, columns, preferred_element_type=jnp.float32)
+  return dx.astype(x.dtype), dw.astype(w.dtype)
+
+
+product.defvjp(_fprop, _dgrad_wgrad)
+
+
 def plain_matmul(x: Array, w: Array, bias: Array | None, *, path: str, key: Array | None) -> Array:
   """Matrix product in x's dtype with float32 accumulation; path and key are not used."""
   del path, key
-  y = jnp.dot(x, w.astype(x.dtype), preferred_element_type=jnp.float32)
+  y = product(x, w)
   return (y if bias is None else y + bias).astype(x.dtype)
 
 

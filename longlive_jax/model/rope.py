@@ -46,7 +46,7 @@ def angles(positions: ArrayLike, pairs: int, theta: float) -> np.ndarray:
 
 
 def temporal_positions(
-  start: int, latents: int, offset: ArrayLike = 0.0, t_scale: float = 1.0
+  start: int, latents: int, offset: ArrayLike | float = 0.0, t_scale: float = 1.0
 ) -> np.ndarray:
   """Positions `(start + i + offset) * t_scale` of consecutive latents, float64.
 

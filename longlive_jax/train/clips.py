@@ -90,34 +90,18 @@ def make_bank(
     experiment: checked experiment.
     encode: video `[b, T, H, W, 3]` in [-1, 1] -> normalised latents `[b, F, h, w, C]`.
     tokenize: prompts -> (ids, mask) `[n, L]`.
-    group: clips encoded at a time.
+    group: clips encoded at a time; a last, smaller group is filled up with the first clips.
   """
   data, sample, f = experiment.data, experiment.sample, experiment.model.block_latents
   specs, lengths = make_clips(experiment, data.clips, data.seed)
-  packed = shapes.pack_many(specs, data.max_shots)
-  frames = jnp.arange(4 * f * data.clip_blocks - 3)
-  video = experiment.video
-
-  def one(group_of: Any) -> Array:
-    draw = functools.partial(
-      shapes.render_packed, frame_indices=frames, height=video.height, width=video.width
-    )
-    return encode(jax.vmap(draw)(group_of)).astype(jnp.bfloat16)
-
-  groups = jax.tree.map(lambda a: jnp.asarray(a).reshape(-1, group, *a.shape[1:]), packed)
-  latents = jax.jit(functools.partial(jax.lax.map, one))(groups)
-  latents = latents.reshape(data.clips, data.clip_blocks, f, *latents.shape[3:])
+  latents = encode_clips(experiment, specs, encode, group)
   prompts: list[str] = []
   visible, positions = [], []
   window = Window(sample.window_latents // f, sample.sink_latents // f)
   for spec, shots in zip(specs, lengths, strict=True):
     cuts = np.cumsum(shots)[:-1].tolist()
     shot_of = np.repeat(np.arange(len(shots)), shots)
-    captions = [shot.caption() for shot in spec.shots]
-    prompts += [
-      (sample.cut_prefix if block in cuts else "") + captions[shot]
-      for block, shot in enumerate(shot_of)
-    ]
+    prompts += block_prompts(spec, shot_of, cuts, sample.cut_prefix)
     visible.append(visible_blocks(cuts, data.clip_blocks, window, sample.pin_shots))
     positions.append(np.arange(data.clip_blocks) * f + shot_of * sample.shot_offset_latents)
   ids, mask = tokenize(prompts)
@@ -129,6 +113,41 @@ def make_bank(
     jnp.asarray(np.stack(visible)),
     jnp.asarray(np.stack(positions), jnp.float32),
   )
+
+
+def block_prompts(
+  spec: shapes.ClipSpec, shot_of: np.ndarray, cuts: list[int], cut_prefix: str
+) -> list[str]:
+  """The prompt of each block, worded as the sampler words it."""
+  captions = [shot.caption() for shot in spec.shots]
+  return [
+    (cut_prefix if block in cuts else "") + captions[shot] for block, shot in enumerate(shot_of)
+  ]
+
+
+def encode_clips(
+  experiment: Experiment,
+  specs: list[shapes.ClipSpec],
+  encode: Callable[[Array], Array],
+  group: int,
+) -> Array:
+  """Latents `[N, blocks, F_b, h, w, C]` bfloat16 of N clips, rendered and encoded by groups."""
+  data, f, video = experiment.data, experiment.model.block_latents, experiment.video
+  frames = jnp.arange(4 * f * data.clip_blocks - 3)
+  count, group = len(specs), min(group, len(specs))
+  filled = specs + specs[: -count % group]
+  draw = functools.partial(
+    shapes.render_packed, frame_indices=frames, height=video.height, width=video.width
+  )
+
+  def one(rows: Any) -> Array:
+    return encode(jax.vmap(draw)(rows)).astype(jnp.bfloat16)
+
+  packed = shapes.pack_many(filled, data.max_shots)
+  groups = jax.tree.map(lambda a: jnp.asarray(a).reshape(-1, group, *a.shape[1:]), packed)
+  latents = jax.jit(functools.partial(jax.lax.map, one))(groups)
+  latents = latents.reshape(len(filled), *latents.shape[2:])[:count]
+  return latents.reshape(count, data.clip_blocks, f, *latents.shape[2:])
 
 
 def choose(key: Array, bank: Bank, batch: int, data: Data) -> tuple[Array, Array]:

@@ -105,7 +105,9 @@ def ar_step(experiment: Experiment, models: Models, optimizer: Any) -> Any:
   borders = block_borders(latents, f, experiment.latent_tokens)
 
   def loss(params: PyTree, batch: teacher_forcing.Batch, plan: TeacherForcing) -> Array:
-    return teacher_forcing.objective(models.dit, params, batch, plan, table, models.ops)[0]
+    return teacher_forcing.objective(models.dit, params, batch, plan, table, models.ops, cfg.remat)[
+      0
+    ]
 
   @functools.partial(jax.jit, donate_argnums=0)
   def step(state: TrainState, bank: clips.Bank) -> tuple[TrainState, dict[str, Array]]:

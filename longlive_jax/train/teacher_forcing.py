@@ -8,6 +8,7 @@ Source: spec/training.md section 3.
 
 import dataclasses
 import functools
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -67,6 +68,35 @@ def loss_mask(batch: Batch) -> Array | None:
   return mask.at[:, 0].set(0.0)
 
 
+class Inputs(NamedTuple):
+  """What the network is shown and compared with; latents `[B, F, H, W, C]`, the rest `[B, F]`."""
+
+  noisy: Array
+  context: Array
+  target: Array
+  timesteps: Array
+  context_timesteps: Array | None
+  sigmas: Array
+  weights: Array
+
+
+def prepare(batch: Batch, table: flow.Table) -> Inputs:
+  """Adds the noise; a given first latent stays clean in both halves, at timestep 0."""
+  timesteps, context, times = batch.timesteps, batch.clean, batch.context_timesteps
+  sigmas, weights = flow.sigma_at(table, timesteps), flow.weight_at(table, timesteps)
+  noisy = flow.add_noise(batch.clean, batch.noise, sigmas)
+  target = flow.velocity_target(batch.clean, batch.noise)
+  if times is not None:
+    context = flow.add_noise(batch.clean, batch.noise, flow.sigma_at(table, times))
+  if batch.first is not None:
+    noisy, context = (x.at[:, :1].set(batch.first) for x in (noisy, context))
+    target = target.at[:, 0].set(0.0)
+    timesteps = timesteps.at[:, 0].set(0.0)
+    sigmas = sigmas.at[:, 0].set(flow.sigma_at(table, 0.0))
+    times = None if times is None else times.at[:, 0].set(0.0)
+  return Inputs(noisy, context, target, timesteps, times, sigmas, weights)
+
+
 def objective(
   network: Network,
   params: PyTree,
@@ -74,7 +104,7 @@ def objective(
   plan: TeacherForcing,
   table: flow.Table,
   ops: Ops = REFERENCE,
-  remat: bool = False,
+  remat: str = "none",
 ) -> tuple[Array, Array]:
   """Loss and clean estimate of one batch.
 
@@ -85,40 +115,28 @@ def objective(
     plan: teacher-forcing plan for F latents.
     table: training table of the schedule.
     ops: matmul, attend, norm.
-    remat: recompute layers in the backward pass.
+    remat: none | dots | full, see the network.
 
   Returns:
     (loss scalar float32, clean estimate `[B, F, H, W, C]`).
   """
-  timesteps, context, times = batch.timesteps, batch.clean, batch.context_timesteps
-  noisy = flow.add_noise(batch.clean, batch.noise, flow.sigma_at(table, timesteps))
-  target = flow.velocity_target(batch.clean, batch.noise)
-  if times is not None:
-    context = flow.add_noise(batch.clean, batch.noise, flow.sigma_at(table, times))
-  weights = flow.weight_at(table, timesteps)
-  sigmas = flow.sigma_at(table, timesteps)
-  if batch.first is not None:
-    noisy, context = (x.at[:, :1].set(batch.first) for x in (noisy, context))
-    target = target.at[:, 0].set(0.0)
-    timesteps = timesteps.at[:, 0].set(0.0)
-    sigmas = sigmas.at[:, 0].set(flow.sigma_at(table, 0.0))
-    times = None if times is None else times.at[:, 0].set(0.0)
+  inputs = prepare(batch, table)
   model = network.bind(params)
   velocity, _ = model(
-    noisy,
-    timesteps,
+    inputs.noisy,
+    inputs.timesteps,
     model.text_kv(batch.prompts, ops),
     plan,
-    context=context,
-    context_timesteps=times,
+    context=inputs.context,
+    context_timesteps=inputs.context_timesteps,
     pieces=batch.pieces,
     remat=remat,
     ops=ops,
   )
-  error = jnp.mean((velocity - target) ** 2, (2, 3, 4)) * weights
+  error = jnp.mean((velocity - inputs.target) ** 2, (2, 3, 4)) * inputs.weights
   mask = loss_mask(batch)
   if mask is None:
     loss = jnp.mean(error)
   else:
     loss = jnp.sum(error * mask) / jnp.maximum(jnp.sum(mask), 1.0)
-  return loss, flow.to_clean(noisy, velocity, sigmas)
+  return loss, flow.to_clean(inputs.noisy, velocity, inputs.sigmas)

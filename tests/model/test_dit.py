@@ -228,12 +228,14 @@ def test_recomputed_layers_give_the_same_gradient(params: PyTree):
 
   @functools.partial(jax.jit, static_argnames="remat")
   @functools.partial(jax.grad, argnums=1)
-  def gradient(params: PyTree, x: Array, remat: bool) -> Array:
+  def gradient(params: PyTree, x: Array, remat: str) -> Array:
     model = NETWORK.bind(params)
     return jnp.sum(model(x, t, model.text_kv(text), plan, remat=remat)[0] ** 2)
 
-  plain, again = gradient(params, x, remat=False), gradient(params, x, remat=True)
-  np.testing.assert_allclose(plain, again, atol=1e-5 * float(jnp.max(jnp.abs(plain))))
+  plain = gradient(params, x, remat="none")
+  for remat in ("dots", "full"):
+    again = gradient(params, x, remat=remat)
+    np.testing.assert_allclose(plain, again, atol=1e-5 * float(jnp.max(jnp.abs(plain))))
 
 
 def test_fresh_networks_predict_zero_and_narrow_ones_answer_in_float32():
