@@ -49,7 +49,7 @@ def attended(experiment: Experiment, script: Script) -> np.ndarray:
     for seen in slots.blocks:
       kind = "sink" if seen < schedule.window.sink else "pin" if seen == slots.pin else "recent"
       kinds[block, seen] = KINDS.index("own block" if seen == block else kind)
-    states = schedule.settle(states, block, cut)[1]
+    states, _ = schedule.settle(states, block, cut)
   return kinds
 
 

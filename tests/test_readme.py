@@ -1,4 +1,4 @@
-"""The README runs as written.
+"""The README and the pages in docs run as written.
 
 Blocks of ```python run in order in one namespace. Of ```bash blocks, every `make X` must be a
 target and every `python -m X --flag=...` a module with such flags. An HTML comment right before a
@@ -8,6 +8,8 @@ block changes that: `<!-- not run: reason -->` skips it, `<!-- run -->` also exe
 import ast
 import dataclasses
 import importlib.util
+import json
+import os
 import re
 import shlex
 import subprocess
@@ -41,7 +43,7 @@ def blocks(markdown: str) -> list[Block]:
     note = match["note"] or ""
     line = markdown[: match.start("text")].count("\n") + 1
     if note.startswith("not run"):
-      assert re.fullmatch(r"not run: .+", note), f"README.md:{line}: say why it is not run"
+      assert re.fullmatch(r"not run: .+", note), f"line {line}: say why it is not run"
       continue
     found.append(Block(match["kind"], match["text"], line, note))
   return found
@@ -100,14 +102,22 @@ def check_command(words: list[str]) -> None:
       assert (ROOT / path).is_file(), f"there is no file {path}"
 
 
-def check_readme(markdown: str) -> None:
+def missing_links(markdown: str, folder: Path) -> list[str]:
+  """Links to files of this repository that do not exist."""
+  targets = re.findall(r"\]\(([^)\s#]+)", markdown)
+  return [t for t in targets if "://" not in t and not (folder / t).exists()]
+
+
+def check_page(markdown: str, name: str = "page") -> None:
   """Checks, and runs where it is asked for, all blocks of a page."""
-  namespace: dict[str, object] = {"__name__": "readme"}
+  namespace: dict[str, object] = {"__name__": "page"}
   for block in blocks(markdown):
-    where = f"README.md:{block.line}"
+    where = f"{name}:{block.line}"
     if block.kind == "python":
-      code = compile("\n" * (block.line - 1) + block.text, "README.md", "exec")
+      code = compile("\n" * (block.line - 1) + block.text, name, "exec")
       exec(code, namespace)
+    elif block.kind == "json":
+      json.loads(block.text)
     elif block.kind in ("bash", "sh", "console"):
       for words in commands(block):
         check_command(words)
@@ -117,11 +127,35 @@ def check_readme(markdown: str) -> None:
           assert done.returncode == 0, f"{where}: {shlex.join(words)}\n{done.stderr}"
 
 
-def test_readme(monkeypatch):
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+@pytest.mark.parametrize("path", PAGES, ids=lambda path: path.name)
+def test_page(path: Path, monkeypatch: pytest.MonkeyPatch):
   monkeypatch.chdir(ROOT)
-  text = (ROOT / "README.md").read_text()
-  assert blocks(text), "the README has no block to check"
-  check_readme(text)
+  text = path.read_text()
+  check_page(text, path.name)
+  assert not missing_links(text, path.parent)
+
+
+def test_the_checks_see_the_readme():
+  kinds = {block.kind for block in blocks((ROOT / "README.md").read_text())}
+  assert {"bash", "python"} <= kinds
+
+
+def test_a_broken_link_is_found():
+  assert missing_links("[a](nowhere.md) [b](README.md#x) [c](https://x.org)", ROOT) == [
+    "nowhere.md"
+  ]
+
+
+def test_pictures_of_the_pages_can_be_drawn_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+  monkeypatch.chdir(ROOT)
+  command = [sys.executable, "docs/pictures.py", f"--out={tmp_path}"]
+  environment = {**os.environ, "MPLBACKEND": "Agg"}
+  done = subprocess.run(command, env=environment, capture_output=True, text=True)
+  assert done.returncode == 0, done.stderr
+  assert {p.name for p in tmp_path.iterdir()} == {"cache.png", "shapes.png"}
 
 
 def page(kind: str, text: str, note: str = "") -> str:
@@ -145,7 +179,7 @@ def page(kind: str, text: str, note: str = "") -> str:
 )
 def test_wrong_pages_fail(text):
   with pytest.raises((AssertionError, ValueError, ModuleNotFoundError)):
-    check_readme(text)
+    check_page(text)
 
 
 @pytest.mark.parametrize(
@@ -161,4 +195,4 @@ def test_wrong_pages_fail(text):
   ],
 )
 def test_right_pages_pass(text):
-  check_readme(text)
+  check_page(text)

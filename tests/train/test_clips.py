@@ -1,0 +1,113 @@
+"""Training clips: the bank words, places and sees blocks as the sampler does."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from longlive_jax.config import Data, Experiment, Model, Sample, Text, Vae, Video
+from longlive_jax.data import shapes
+from longlive_jax.data.prompts import Script, Shot, expand
+from longlive_jax.model.kv_cache import Window
+from longlive_jax.model.tokenizer import load_tokenizer
+from longlive_jax.sample.schedule import SampleState, Schedule
+from longlive_jax.train import clips
+from longlive_jax.types import Array
+
+F = 2
+EXPERIMENT = Experiment(
+  model=Model(
+    block_latents=F,
+    width=24,
+    heads=2,
+    text=Text(vocabulary=260, length=112, tokenizer="bytes"),
+    vae=Vae(latent_channels=3),
+  ),
+  video=Video(height=32, width=32, fps=24),
+  sample=Sample(window_latents=4 * F, sink_latents=F, cut_prefix="Cut. "),
+  data=Data(clips=5, clip_blocks=7, blocks=4, far_share=0.5, max_shots=3),
+)
+
+
+def encode(video: Array) -> Array:
+  """Stands for the VAE: the mean colour of each latent's last frame, on a 2 x 2 grid."""
+  last = video[:, ::4]
+  batch, latents, height, width, channels = last.shape
+  return last.reshape(batch, latents, 2, height // 2, 2, width // 2, channels).mean((3, 5))
+
+
+@pytest.fixture(scope="module")
+def bank() -> clips.Bank:
+  return clips.make_bank(EXPERIMENT, encode, load_tokenizer(EXPERIMENT.model.text), group=2)
+
+
+def test_shots_fill_the_clip():
+  rng = np.random.default_rng(0)
+  drawn = [clips.random_shots(rng, 7, 3) for _ in range(200)]
+  assert {len(shots) for shots in drawn} == {1, 2, 3}
+  assert all(sum(shots) == 7 and min(shots) >= 1 for shots in drawn)
+  assert clips.random_shots(rng, 1, 3) == [1]
+
+
+@pytest.mark.parametrize("cuts", [[], [1], [3], [2, 5], [5, 6], [1, 2, 3]])
+def test_late_blocks_see_sink_pin_and_recent(cuts: list[int]):
+  rows = clips.visible_blocks(cuts, 9, Window(slots=4, sink=1), pin=True)
+  for block in range(4, 9):
+    seen = rows[block].tolist()
+    assert seen[-1] == block and 0 in seen and len(set(seen)) == 4
+    pins = [c for c in cuts if c < block]
+    assert not pins or max(pins) in seen
+  if not cuts:
+    assert rows[4:].tolist() == [[0, b - 2, b - 1, b] for b in range(4, 9)]
+
+
+def test_the_bank_agrees_with_the_sampler(bank: clips.Bank):
+  """Prompts, positions and visible blocks are those a script of the same shots gets."""
+  specs, lengths = clips.make_clips(EXPERIMENT, 5, EXPERIMENT.data.seed)
+  tokenizer, schedule = load_tokenizer(EXPERIMENT.model.text), Schedule.of(EXPERIMENT)
+  for row, (spec, shots) in enumerate(zip(specs, lengths, strict=True)):
+    entries = [Shot(s.caption(), n) for s, n in zip(spec.shots, shots, strict=True)]
+    plan = expand(Script(tuple(entries)), 24, F, EXPERIMENT.sample.cut_prefix)
+    ids, mask = tokenizer([entry.prompt for entry in plan])
+    np.testing.assert_array_equal(bank.tokens[row], ids)
+    np.testing.assert_array_equal(bank.masks[row], mask)
+    states = (SampleState(),)
+    for block, entry in enumerate(plan):
+      cut = [entry.transition == "cut"]
+      states, _ = schedule.enter(states, block, cut)
+      slots = states[0].slots
+      assert slots.positions[slots.blocks.index(block)] == bank.positions[row, block]
+      if block >= EXPERIMENT.data.blocks:
+        assert sorted(slots.blocks) == bank.visible[row, block].tolist()
+      states, _ = schedule.settle(states, block, cut)
+
+
+def test_latents_are_those_of_the_rendered_clips_also_in_a_short_last_group(bank: clips.Bank):
+  specs, _ = clips.make_clips(EXPERIMENT, 5, EXPERIMENT.data.seed)
+  for row in (0, 4):
+    frames = shapes.render(specs[row], EXPERIMENT.video)
+    video = jnp.asarray(frames, jnp.float32)[None] / 127.5 - 1.0
+    expected = encode(video)[0].reshape(bank.latents.shape[1:])
+    np.testing.assert_allclose(bank.latents[row].astype(jnp.float32), expected, atol=0.02)
+
+
+def test_half_of_the_samples_are_what_a_late_block_sees(bank: clips.Bank):
+  clip, blocks = clips.choose(jax.random.key(0), bank, 2000, EXPERIMENT.data)
+  first = (blocks == jnp.arange(4)).all(1)
+  assert 0.45 < 1 - float(jnp.mean(first)) < 0.55
+  late = np.asarray(bank.visible)[np.asarray(clip), np.asarray(blocks)[:, -1]]
+  np.testing.assert_array_equal(np.asarray(blocks)[~first], late[~np.asarray(first)])
+  assert set(np.asarray(blocks)[~np.asarray(first), -1].tolist()) == {4, 5, 6}
+  near = dataclasses.replace(EXPERIMENT.data, far_share=0.0)
+  _, blocks = clips.choose(jax.random.key(1), bank, 50, near)
+  assert (blocks == jnp.arange(4)).all()
+
+
+def test_clips_of_the_autoencoder_have_cuts_at_borders_of_latents():
+  packed = clips.vae_clips(EXPERIMENT, 200)
+  second = packed["first_frame"][:, 1]
+  cut = second[second < shapes.NEVER]
+  assert 70 < len(cut) < 130
+  assert set(cut.tolist()) == {1, 5, 9, 13, 17}
