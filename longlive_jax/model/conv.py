@@ -10,6 +10,7 @@ three taps, which are then shifted in time and added. XLA's CPU backend has no f
 first.
 """
 
+import functools
 import math
 
 import jax
@@ -91,14 +92,14 @@ def time_conv(x: Array, kernel: Array, form: str, stride: int = 1) -> Array:
   padding = ((rows // 2, rows // 2), (columns // 2, columns // 2))
   if form == "conv3d":
     return _conv(x, kernel, (stride, 1, 1), ((0, 0), *padding))
-  last = x.shape[1] - taps
-  if stride == 1:
+  reads = [slice(i, x.shape[1] - taps + i + 1, stride) for i in range(taps)]  # frames of a tap
+  if stride == 1:  # one pass over x
     wide = kernel.transpose(1, 2, 3, 0, 4).reshape(rows, columns, size_in, taps * size_out)
-    y = spatial_conv(x, wide, padding=padding)
-    return sum(y[:, i : last + i + 1, ..., i * size_out : (i + 1) * size_out] for i in range(taps))  # type: ignore[return-value]
-  stacked = jnp.concatenate([x[:, i : last + i + 1 : stride] for i in range(taps)], -1)
-  deep = kernel.transpose(1, 2, 0, 3, 4).reshape(rows, columns, taps * size_in, size_out)
-  return spatial_conv(stacked, deep, padding=padding)
+    products = jnp.split(spatial_conv(x, wide, padding=padding), taps, -1)
+    shifted = [y[:, read] for y, read in zip(products, reads, strict=True)]
+  else:
+    shifted = [spatial_conv(x[:, read], kernel[i], padding=padding) for i, read in enumerate(reads)]
+  return functools.reduce(jnp.add, shifted)
 
 
 class Pointwise(nnx.Module):
@@ -178,7 +179,7 @@ class CausalConv(nnx.Module):
     """Convolves the next frames.
 
     Args:
-      x: `[B, T, H, W, C]`; T = 1 at the start.
+      x: `[B, T, H, W, C]`; one frame at the start.
       state: `[B, 2, H, W, C]`; None at the start, which stands for zeros.
 
     Returns:
@@ -193,6 +194,15 @@ class CausalConv(nnx.Module):
       frames = jnp.concatenate([state, x], 1)
       y = time_conv(frames, kernel, self.form)
     return (y + self.bias[...]).astype(x.dtype), frames[:, -HISTORY:]
+
+  def halve(self, x: Array, state: Array) -> tuple[Array, Array]:
+    """Convolves every second frame: `[B, 2T, H, W, C] -> [B, T, H, W, O]`.
+
+    Its state is the last frame only, `[B, 1, H, W, C]`.
+    """
+    frames = jnp.concatenate([state, x], 1)
+    y = time_conv(frames, self.kernel[...], self.form, stride=2)
+    return (y + self.bias[...]).astype(x.dtype), x[:, -1:]
 
 
 class ChannelNorm(nnx.Module):

@@ -16,9 +16,9 @@ from flax import nnx
 
 from longlive_jax.checks import check_at_least, check_divides, check_remainder, check_shape
 from longlive_jax.config import Vae as Config
-from longlive_jax.model.conv import Pointwise, choose_form, patchify, unpatchify
+from longlive_jax.model.conv import HISTORY, Pointwise, choose_form, patchify, unpatchify
 from longlive_jax.model.module import Network, declare
-from longlive_jax.model.vae_blocks import Decoder, Encoder, State
+from longlive_jax.model.vae_blocks import Decoder, Encoder, State, stage_factors
 from longlive_jax.types import Array
 
 SPACE, TIME = 16, 4  # pixels a latent, frames a later latent
@@ -48,41 +48,45 @@ def check_config(cfg: Config) -> None:
   Raises:
     ValueError: names the field, what it is and what it must be.
   """
-  check_at_least("vae.encoder_width", cfg.encoder_width, 1)
-  check_at_least("vae.decoder_width", cfg.decoder_width, 1)
-  check_at_least("vae.residual_blocks", cfg.residual_blocks, 1)
+  check_at_least("model.vae.encoder_width", cfg.encoder_width, 1)
+  check_at_least("model.vae.decoder_width", cfg.decoder_width, 1)
+  check_at_least("model.vae.residual_blocks", cfg.residual_blocks, 1)
   sizes, flags = cfg.multipliers, cfg.temporal_downsample
   if len(sizes) != 4:
     raise ValueError(
-      f"vae.multipliers={sizes} has {len(sizes)} stages; it must have 4: three halvings after the"
-      " 2x2 patches make 16x in space"
+      f"model.vae.multipliers={sizes} has {len(sizes)} stages; it must have 4: three halvings after"
+      " the 2x2 patches make 16x in space"
     )
   if len(flags) != 3 or sum(flags) != 2:
     raise ValueError(
-      f"vae.temporal_downsample={flags} must have 3 entries, two of them true: 4x in time"
+      f"model.vae.temporal_downsample={flags} must have 3 entries, two of them true: 4x in time"
     )
-  for i, (size_in, size_out) in enumerate(zip((1, *sizes[:-1]), sizes, strict=True)):
-    factor = 4 * (1 + flags[i]) if i < 3 else 1
-    name = f"vae.multipliers[{i - 1}]*{factor}" if i else f"{factor}"
-    check_divides(name, size_in * factor, f"vae.multipliers[{i}]", size_out)
-  for i, (size_in, size_out) in enumerate(
-    zip((sizes[3], *sizes[:1:-1]), sizes[:0:-1], strict=True)
-  ):
-    factor = 4 * (1 + flags[2 - i])
-    name = f"vae.multipliers[{3 - i}]*{factor}"
-    check_divides(name, size_out * factor, f"vae.multipliers[{min(4 - i, 3)}]", size_in)
+  down = zip((1, *sizes), sizes, stage_factors(flags), strict=False)
+  groups = [("encoder", size_in * time * space**2, out) for size_in, out, (time, space) in down]
+  up = zip((sizes[3], *sizes[:1:-1]), sizes[:0:-1], stage_factors(flags[::-1]), strict=False)
+  groups += [("decoder", out * time * space**2, size_in) for size_in, out, (time, space) in up]
+  for side, elements, channels in groups:
+    if elements % channels:
+      raise ValueError(
+        f"model.vae.multipliers={sizes}: a shortcut of the {side} groups {elements} widths of"
+        f" channels by {channels}; {channels} must divide {elements}"
+      )
 
 
-def latents_per_call(cfg: Config, height: int, width: int) -> int:
-  """Most latents a call that keeps every array under 2^31 elements, where GPU libraries are fast.
+def latents_per_call(cfg: Config, batch: int, height: int, width: int) -> int:
+  """Most latents at a time that keep every array under 2^31 elements, but at least one.
+
+  Beyond that GPU libraries leave their fast path.
 
   Args:
     cfg: sizes of the VAE.
-    height, width: of the video, in pixels.
+    batch: videos.
+    height, width: of a video, in pixels.
   """
-  widths = [max(cfg.encoder_width, cfg.decoder_width) * m for m in cfg.multipliers]
-  widest = max(size / 4 ** max(i - 1, 0) for i, size in enumerate(widths))
-  frames = int(2**31 / (widest * (height // 2) * (width // 2))) - 2
+  sizes = [max(cfg.encoder_width, cfg.decoder_width) * m for m in cfg.multipliers]
+  # `Upsample` leaves the channels of stage i at the resolution of stage i - 1
+  widest = max(size / 4 ** max(i - 1, 0) for i, size in enumerate(sizes))
+  frames = int(2**31 / (batch * widest * (height // 2) * (width // 2))) - HISTORY
   return max(frames // TIME, 1)
 
 
@@ -92,29 +96,33 @@ def from_uint8(video: Array) -> Array:
 
 
 def to_uint8(video: Array) -> Array:
-  """Clamps to [-1, 1] and rounds to the nearest uint8."""
-  return jnp.round((jnp.clip(video.astype(jnp.float32), -1.0, 1.0) + 1.0) * 127.5).astype(jnp.uint8)
+  """Clamps to [-1, 1] and rounds to the nearest uint8; NaN is black."""
+  video = jnp.nan_to_num(video.astype(jnp.float32), nan=-1.0)
+  return jnp.round((jnp.clip(video, -1.0, 1.0) + 1.0) * 127.5).astype(jnp.uint8)
 
 
-def _pieces(
-  step: Callable[[Array, State], tuple[Array, State]], x: Array, state: State, size: int | None
-) -> Array:
-  """Runs `step` over axis 1 of x, `size` at a time in a scan, or all at once."""
-  if size is None or x.shape[1] <= size:
-    return step(x, state)[0]
-  count = x.shape[1] // size
-  whole = x[:, : count * size].reshape(x.shape[0], count, size, *x.shape[2:])
-
-  def body(state: State, piece: Array) -> tuple[State, Array]:
-    y, state = step(piece, state)
-    return state, y
-
-  state, y = jax.lax.scan(body, state, jnp.moveaxis(whole, 1, 0))
-  y = jnp.moveaxis(y, 0, 1)
-  y = y.reshape(y.shape[0], -1, *y.shape[3:])
-  if count * size == x.shape[1]:
-    return y
-  return jnp.concatenate([y, step(x[:, count * size :], state)[0]], 1)
+def _in_pieces(
+  step: Callable[[Array, State | None], tuple[Array, State]],
+  x: Array,
+  state: State | None,
+  size: int,
+) -> tuple[Array, State]:
+  """Runs `step` over axis 1 of x: at the start the first alone, then `size` at a time in a scan."""
+  done = []
+  if state is None:
+    y, state = step(x[:, :1], None)
+    done, x = [y], x[:, 1:]
+  if x.shape[1] > size:
+    count = x.shape[1] // size
+    pieces = x[:, : count * size].reshape(x.shape[0], count, size, *x.shape[2:])
+    state, y = jax.lax.scan(lambda s, p: step(p, s)[::-1], state, jnp.moveaxis(pieces, 1, 0))
+    y = jnp.moveaxis(y, 0, 1)
+    done.append(y.reshape(y.shape[0], -1, *y.shape[3:]))
+    x = x[:, count * size :]
+  if x.shape[1]:
+    y, state = step(x, state)
+    done.append(y)
+  return jnp.concatenate(done, 1), state
 
 
 class Vae(nnx.Module):
@@ -140,7 +148,7 @@ class Vae(nnx.Module):
     check_config(cfg)
     form = choose_form(form)
     channels = cfg.latent_channels
-    self.channels, self.dtype = channels, dtype
+    self.cfg, self.dtype = cfg, dtype
     self.encoder = Encoder(cfg, form, rngs)
     self.to_moments = Pointwise(2 * channels, 2 * channels, rngs)
     self.from_latent = Pointwise(channels, channels, rngs)
@@ -157,122 +165,98 @@ class Vae(nnx.Module):
 
   def denormalise(self, latents: Array) -> Array:
     """Inverse of `normalise`."""
+    check_shape("channels of latents", latents.shape[-1:], (self.cfg.latent_channels,))
     return latents.astype(jnp.float32) * self.latent_std[...] + self.latent_mean[...]
 
   def _encode(self, video: Array, state: State | None) -> tuple[Array, State]:
     """Moments `[B, F, h, w, 2C]` float32 of the next frames."""
-    check_shape("video", video.shape, (None, None, None, None, 3))
-    for name, size in zip(("height", "width"), video.shape[2:4], strict=True):
-      check_divides(f"video.{name}", size, "pixels of a latent", SPACE)
     y, state = self.encoder(patchify(video.astype(self.dtype)), state)
     return self.to_moments(y).astype(jnp.float32), state
 
   def _decode(self, raw: Array, state: State | None) -> tuple[Array, State]:
     """Frames float32 of the next raw latents."""
-    check_shape("latents", raw.shape, (None, None, None, None, self.channels))
     y, state = self.decoder(self.from_latent(raw.astype(self.dtype)), state)
     return unpatchify(y).astype(jnp.float32), state
 
-  def encode_first(self, video: Array) -> tuple[Array, Array, State]:
-    """Encodes the first frame.
+  def _latents_per_step(self, batch: int, height: int, width: int, wanted: int | None) -> int:
+    if wanted is None:
+      return latents_per_call(self.cfg, batch, height, width)
+    check_at_least("latents_per_step", wanted, 1)
+    return wanted
+
+  def encode_next(
+    self, video: Array, state: State | None, latents_per_step: int | None = None
+  ) -> tuple[Array, Array, State]:
+    """Encodes the next frames.
 
     Args:
-      video: `[B, 1, H, W, 3]` in [-1, 1].
+      video: `[B, 4m, H, W, 3]` in [-1, 1]; `[B, 1 + 4m, H, W, 3]` at the start.
+      state: of the frames before; None at the start.
+      latents_per_step: latents computed at a time, which bounds memory and changes nothing else;
+        None for as many as `latents_per_call` says.
 
     Returns:
-      (raw mean `[B, 1, h, w, C]`, raw log-variance of the same shape, state).
-    """
-    check_shape("video", video.shape, (None, 1, None, None, 3))
-    moments, state = self._encode(video, None)
-    return *jnp.split(moments, 2, -1), state
-
-  def encode_next(self, video: Array, state: State) -> tuple[Array, Array, State]:
-    """Encodes the next 4k frames.
-
-    Args:
-      video: `[B, 4k, H, W, 3]` in [-1, 1].
-      state: of the frames before.
-
-    Returns:
-      (raw mean `[B, k, h, w, C]`, raw log-variance, state).
+      (raw mean, raw log-variance, each `[B, F, h, w, C]` float32 with F = m, 1 + m at the start;
+      state).
 
     Raises:
-      ValueError: the number of frames is not a multiple of 4.
+      ValueError: another number of frames, or a size that is not a multiple of 16.
     """
-    check_divides("frames of video", video.shape[1], "frames of a latent", TIME)
-    moments, state = self._encode(video, state)
-    return *jnp.split(moments, 2, -1), state
+    check_shape("video", video.shape, (None, None, None, None, 3))
+    batch, frames, height, width, _ = video.shape
+    if state is None:
+      check_remainder("frames of video", frames, TIME, 1)
+    else:
+      check_divides("frames of video", frames, "frames of a latent", TIME)
+    for name, pixels in (("height", height), ("width", width)):
+      check_divides(f"{name} of video", pixels, "pixels of a latent", SPACE)
+    size = TIME * self._latents_per_step(batch, height, width, latents_per_step)
+    moments, state = _in_pieces(self._encode, video, state, size)
+    mean, log_variance = jnp.split(moments, 2, -1)
+    return mean, log_variance, state
 
   def moments(self, video: Array, latents_per_step: int | None = None) -> tuple[Array, Array]:
-    """Encodes a whole clip.
-
-    Args:
-      video: `[B, 1 + 4m, H, W, 3]` in [-1, 1].
-      latents_per_step: after the first frame, latents encoded at a time; None for all at once.
-        It bounds memory and changes nothing else.
-
-    Returns:
-      (raw mean, raw log-variance), each `[B, 1 + m, h, w, C]` float32.
-
-    Raises:
-      ValueError: a number of frames that is not 1 + 4m, or a size that is not a multiple of 16.
-    """
-    check_remainder("frames of video", video.shape[1], TIME, 1)
-    moments, state = self._encode(video[:, :1], None)
-    if video.shape[1] > 1:
-      frames = None if latents_per_step is None else TIME * latents_per_step
-      later = _pieces(self._encode, video[:, 1:], state, frames)
-      moments = jnp.concatenate([moments, later], 1)
-    mean, log_variance = jnp.split(moments, 2, -1)
-    return mean, log_variance
+    """Raw mean and log-variance of a whole clip, as `encode_next` gives them."""
+    return self.encode_next(video, None, latents_per_step)[:2]
 
   def encode(self, video: Array, latents_per_step: int | None = None) -> Array:
-    """Normalised posterior mean `[B, 1 + m, h, w, C]` of a clip; arguments of `moments`."""
+    """Normalised posterior mean `[B, 1 + m, h, w, C]` of a clip `[B, 1 + 4m, H, W, 3]`."""
     return self.normalise(self.moments(video, latents_per_step)[0])
 
-  def decode_first(self, latents: Array) -> tuple[Array, State]:
-    """Decodes the first latent.
+  def _decode_raw(
+    self, raw: Array, state: State | None, latents_per_step: int | None
+  ) -> tuple[Array, State]:
+    check_shape("latents", raw.shape, (None, None, None, None, self.cfg.latent_channels))
+    check_at_least("number of latents", raw.shape[1], 1)
+    batch, _, rows, columns, _ = raw.shape
+    size = self._latents_per_step(batch, SPACE * rows, SPACE * columns, latents_per_step)
+    return _in_pieces(self._decode, raw, state, size)
+
+  def decode_next(
+    self, latents: Array, state: State | None, latents_per_step: int | None = None
+  ) -> tuple[Array, State]:
+    """Decodes the next latents.
 
     Args:
-      latents: `[B, 1, h, w, C]` normalised.
+      latents: `[B, F, h, w, C]` normalised.
+      state: of the latents before; None at the start.
+      latents_per_step: as for `encode_next`.
 
     Returns:
-      (video `[B, 1, H, W, 3]` float32, not clamped; state).
+      (video `[B, T, H, W, 3]` float32, not clamped, with T = 4F, 4F - 3 at the start; state).
+
+    Raises:
+      ValueError: no latents, or another number of channels.
     """
-    check_shape("latents", latents.shape, (None, 1, None, None, self.channels))
-    return self._decode(self.denormalise(latents), None)
-
-  def decode_next(self, latents: Array, state: State) -> tuple[Array, State]:
-    """Decodes the next k latents: `[B, k, h, w, C]` to (video `[B, 4k, H, W, 3]`, state)."""
-    return self._decode(self.denormalise(latents), state)
-
-  def decode_start(self, latents: Array) -> tuple[Array, State]:
-    """Decodes the first k latents: `[B, k, h, w, C]` to (video `[B, 4k - 3, H, W, 3]`, state)."""
-    video, state = self.decode_first(latents[:, :1])
-    if latents.shape[1] == 1:
-      return video, state
-    later, state = self.decode_next(latents[:, 1:], state)
-    return jnp.concatenate([video, later], 1), state
+    return self._decode_raw(self.denormalise(latents), state, latents_per_step)
 
   def decode_raw(self, raw: Array, latents_per_step: int | None = None) -> Array:
-    """Decodes a whole clip of latents that are not normalised.
-
-    Args:
-      raw: `[B, F, h, w, C]`, as the means of `moments`.
-      latents_per_step: after the first, latents decoded at a time; None for all at once.
-
-    Returns:
-      Video `[B, 4F - 3, H, W, 3]` float32, not clamped.
-    """
-    video, state = self._decode(raw[:, :1], None)
-    if raw.shape[1] == 1:
-      return video
-    later = _pieces(self._decode, raw[:, 1:], state, latents_per_step)
-    return jnp.concatenate([video, later], 1)
+    """Video of a clip of latents that are not normalised, as the means of `moments`."""
+    return self._decode_raw(raw, None, latents_per_step)[0]
 
   def decode(self, latents: Array, latents_per_step: int | None = None) -> Array:
-    """Video of a clip of normalised latents; arguments of `decode_raw`."""
-    return self.decode_raw(self.denormalise(latents), latents_per_step)
+    """Video `[B, 4F - 3, H, W, 3]` float32, not clamped, of a clip of normalised latents."""
+    return self.decode_next(latents, None, latents_per_step)[0]
 
 
 def declare_vae(cfg: Config, *, dtype: str = "float32", form: str | None = None) -> Network:

@@ -7,7 +7,8 @@ instead of a state means the start of a video: one frame (or latent), nothing be
 Source: spec/models.md sections 5.3 to 5.7.
 """
 
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -15,10 +16,11 @@ import jax.numpy as jnp
 from flax import nnx
 
 from longlive_jax.config import Vae as Config
-from longlive_jax.model.conv import CausalConv, ChannelNorm, Pointwise, SpatialConv, time_conv
+from longlive_jax.model.conv import HISTORY, CausalConv, ChannelNorm, Pointwise, SpatialConv
 from longlive_jax.types import Array
 
 State = Any  # nested tuple of arrays
+Pair = tuple[int, int]
 Part = Callable[[Array, State | None], tuple[Array, State]]
 
 
@@ -26,7 +28,7 @@ def _split(state: State | None, count: int) -> tuple[State | None, ...]:
   return (None,) * count if state is None else state
 
 
-def run(parts: list[Part], x: Array, state: State | None) -> tuple[Array, State]:
+def run(parts: Sequence[Part], x: Array, state: State | None) -> tuple[Array, State]:
   """Runs parts in order; their states together are a tuple."""
   states = []
   for part, before in zip(parts, _split(state, len(parts)), strict=True):
@@ -51,6 +53,12 @@ class Residual(nnx.Module):
     y, second = self.conv2(jax.nn.silu(self.norm2(y)), second)
     skip = x if self.shortcut is None else self.shortcut(x)
     return skip + y, (first, second)
+
+
+def residuals(sizes: Pair, count: int, form: str, rngs: nnx.Rngs) -> list[Residual]:
+  """`count` residual blocks, of which the first changes the number of channels."""
+  size_in, size_out = sizes
+  return [Residual(size_out if i else size_in, size_out, form, rngs) for i in range(count)]
 
 
 class FrameAttention(nnx.Module):
@@ -84,9 +92,7 @@ class Downsample(nnx.Module):
       return x, ()
     if state is None:
       return x, x
-    frames = jnp.concatenate([state, x], 1)
-    y = time_conv(frames, self.temporal.kernel[...], self.temporal.form, stride=2)
-    return (y + self.temporal.bias[...]).astype(x.dtype), x[:, -1:]
+    return self.temporal.halve(x, state)
 
 
 class Upsample(nnx.Module):
@@ -104,7 +110,7 @@ class Upsample(nnx.Module):
     if self.temporal is None:
       return self.spatial.double(x), ()
     if state is None:
-      return self.spatial.double(x), jnp.zeros((batch, 2, height, width, size), x.dtype)
+      return self.spatial.double(x), jnp.zeros((batch, HISTORY, height, width, size), x.dtype)
     x, state = self.temporal(x, state)
     x = x.reshape(batch, frames, height, width, 2, size).transpose(0, 1, 4, 2, 3, 5)
     return self.spatial.double(x.reshape(batch, 2 * frames, height, width, size)), state
@@ -151,44 +157,50 @@ def duplicate_up(x: Array, size_out: int, time: int, space: int, first: bool) ->
   return x[:, time - 1 :] if first else x
 
 
-class EncoderStage(nnx.Module):
-  """Residual blocks, `Downsample` unless it is the last stage, and the averaging shortcut."""
+def stage_factors(temporal: Sequence[bool]) -> list[Pair]:
+  """Factors of (frames, rows and columns) of every stage; the last stage keeps its size."""
+  return [(1 + t, 2) for t in temporal] + [(1, 1)]
 
-  def __init__(self, sizes: tuple[int, int], cfg: Config, index: int, form: str, rngs: nnx.Rngs):
-    size_in, self.size = sizes
-    count = cfg.residual_blocks
-    self.blocks = nnx.List(
-      Residual(size_in if i == 0 else self.size, self.size, form, rngs) for i in range(count)
-    )
-    last = index == len(cfg.multipliers) - 1
-    self.time = 1 if last else 1 + cfg.temporal_downsample[index]
-    self.space = 1 if last else 2
-    self.resample = None if last else Downsample(self.size, self.time == 2, form, rngs)
+
+class EncoderStage(nnx.Module):
+  """Residual blocks, `Downsample` where rows and columns shrink, and the averaging shortcut.
+
+  Args:
+    sizes: channels before and after.
+    count: residual blocks.
+    factors: by which (frames, rows and columns) shrink.
+    form: of the causal convolutions.
+  """
+
+  def __init__(self, sizes: Pair, count: int, factors: Pair, form: str, rngs: nnx.Rngs):
+    self.size, self.factors = sizes[1], factors
+    self.blocks = nnx.List(residuals(sizes, count, form, rngs))
+    time, space = factors
+    self.resample = Downsample(self.size, time == 2, form, rngs) if space == 2 else None
 
   def __call__(self, x: Array, state: State | None) -> tuple[Array, State]:
-    parts = [*self.blocks] + ([] if self.resample is None else [self.resample])
-    y, state = run(parts, x, state)
-    return y + average_down(x, self.size, self.time, self.space), state
+    parts = [*self.blocks, self.resample] if self.resample is not None else [*self.blocks]
+    y, after = run(parts, x, state)
+    return y + average_down(x, self.size, *self.factors), after
 
 
 class DecoderStage(nnx.Module):
-  """Residual blocks, and but for the last stage `Upsample` and the duplicating shortcut."""
+  """Residual blocks; where rows and columns grow, `Upsample` and the duplicating shortcut.
 
-  def __init__(self, sizes: tuple[int, int], cfg: Config, index: int, form: str, rngs: nnx.Rngs):
-    size_in, self.size = sizes
-    count = cfg.residual_blocks + 1
-    self.blocks = nnx.List(
-      Residual(size_in if i == 0 else self.size, self.size, form, rngs) for i in range(count)
-    )
-    last = index == len(cfg.multipliers) - 1
-    self.time = 1 if last else 1 + cfg.temporal_downsample[::-1][index]
-    self.resample = None if last else Upsample(self.size, self.time == 2, form, rngs)
+  Arguments of `EncoderStage`; here the factors are those of growth.
+  """
+
+  def __init__(self, sizes: Pair, count: int, factors: Pair, form: str, rngs: nnx.Rngs):
+    self.size, self.factors = sizes[1], factors
+    self.blocks = nnx.List(residuals(sizes, count, form, rngs))
+    time, space = factors
+    self.resample = Upsample(self.size, time == 2, form, rngs) if space == 2 else None
 
   def __call__(self, x: Array, state: State | None) -> tuple[Array, State]:
     if self.resample is None:
-      return run([*self.blocks], x, state)
+      return run(self.blocks, x, state)
     y, after = run([*self.blocks, self.resample], x, state)
-    return y + duplicate_up(x, self.size, self.time, 2, state is None), after
+    return y + duplicate_up(x, self.size, *self.factors, first=state is None), after
 
 
 class Middle(nnx.Module):
@@ -217,8 +229,10 @@ class Encoder(nnx.Module):
   def __init__(self, cfg: Config, form: str, rngs: nnx.Rngs):
     sizes = [cfg.encoder_width * m for m in (1, *cfg.multipliers)]
     self.conv_in = CausalConv(12, sizes[0], form, rngs)
+    factors, count = stage_factors(cfg.temporal_downsample), cfg.residual_blocks
     self.stages = nnx.List(
-      EncoderStage(sizes[i : i + 2], cfg, i, form, rngs) for i in range(len(sizes) - 1)
+      EncoderStage(pair, count, factor, form, rngs)
+      for pair, factor in zip(itertools.pairwise(sizes), factors, strict=True)
     )
     self.middle = Middle(sizes[-1], form, rngs)
     self.head = Head(sizes[-1], 2 * cfg.latent_channels, form, rngs)
@@ -239,8 +253,10 @@ class Decoder(nnx.Module):
     sizes = [cfg.decoder_width * m for m in (cfg.multipliers[-1], *cfg.multipliers[::-1])]
     self.conv_in = CausalConv(cfg.latent_channels, sizes[0], form, rngs)
     self.middle = Middle(sizes[0], form, rngs)
+    factors, count = stage_factors(cfg.temporal_downsample[::-1]), cfg.residual_blocks + 1
     self.stages = nnx.List(
-      DecoderStage(sizes[i : i + 2], cfg, i, form, rngs) for i in range(len(sizes) - 1)
+      DecoderStage(pair, count, factor, form, rngs)
+      for pair, factor in zip(itertools.pairwise(sizes), factors, strict=True)
     )
     self.head = Head(sizes[-1], 12, form, rngs)
 

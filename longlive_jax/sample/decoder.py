@@ -6,13 +6,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from longlive_jax.checks import check_divides, check_remainder
 from longlive_jax.model.module import Network
-from longlive_jax.model.vae import from_uint8, to_uint8
+from longlive_jax.model.vae import SPACE, TIME, from_uint8, to_uint8
 from longlive_jax.types import Array, PyTree
 
 
 class Decoder:
-  """Executables that decode blocks of one shape.
+  """Executables that decode blocks of one shape; both are compiled at once.
 
   Args:
     network: declared VAE.
@@ -24,18 +25,14 @@ class Decoder:
     self.network, self.params, self.block_shape = network, params, block_shape
     latents = jax.ShapeDtypeStruct(block_shape, jnp.float32)
 
-    def first(params: PyTree, latents: Array) -> tuple[Array, Any]:
-      video, state = network.bind(params).decode_start(latents)
-      return to_uint8(video), state
-
-    def later(params: PyTree, latents: Array, state: Any) -> tuple[Array, Any]:
+    def decode(params: PyTree, latents: Array, state: Any) -> tuple[Array, Any]:
       video, state = network.bind(params).decode_next(latents, state)
       return to_uint8(video), state
 
-    self._first = jax.jit(first).lower(params, latents).compile()
-    state = jax.eval_shape(first, params, latents)[1]
-    decode = jax.jit(later, donate_argnums=(2,))
-    self._later = decode.lower(params, latents, state).compile()
+    step = jax.jit(decode, donate_argnums=2)
+    self._first = step.lower(params, latents, None).compile()
+    state = jax.eval_shape(decode, params, latents, None)[1]
+    self._later = step.lower(params, latents, state).compile()
     self._encode: Any = None
 
   def decode(self, latents: Array, state: Any) -> tuple[Array, Any]:
@@ -48,9 +45,8 @@ class Decoder:
     Returns:
       (frames uint8 `[B, T, H, W, 3]`, state).
     """
-    if state is None:
-      return self._first(self.params, latents)
-    return self._later(self.params, latents, state)
+    step = self._first if state is None else self._later
+    return step(self.params, latents, state)
 
   def encode_images(self, images: np.ndarray) -> np.ndarray:
     """Latents `[B, 1, h, w, C]` of images uint8 `[B, H, W, 3]`; compiled at the first use.
@@ -59,7 +55,7 @@ class Decoder:
       ValueError: images of another number or size.
     """
     batch, _, height, width, _ = self.block_shape
-    expected = (batch, 16 * height, 16 * width, 3)
+    expected = (batch, SPACE * height, SPACE * width, 3)
     if images.shape != expected or images.dtype != np.uint8:
       raise ValueError(f"images are {images.dtype} {images.shape}; they must be uint8 {expected}")
     if self._encode is None:
@@ -75,17 +71,25 @@ class Decoder:
 def encode_frames(
   network: Network, params: PyTree, frames: np.ndarray, group: int = 32
 ) -> np.ndarray:
-  """Latents `[F, h, w, C]` of a video uint8 `[4 F - 3, H, W, 3]`, `group` frames at a time."""
+  """Latents `[F, h, w, C]` of a video uint8 `[4 F - 3, H, W, 3]`, `group` frames at a time.
 
-  def first(params: PyTree, video: Array) -> tuple[Array, Any]:
-    return network.bind(params).encode_first(from_uint8(video[None]))
+  Raises:
+    ValueError: another dtype, number or size of frames, or `group` is not a multiple of 4.
+  """
+  if frames.dtype != np.uint8:
+    raise ValueError(f"frames are {frames.dtype}; they must be uint8")
+  check_remainder("number of frames", len(frames), TIME, 1)
+  check_divides("group", group, "frames of a latent", TIME)
 
-  def later(params: PyTree, video: Array, state: Any) -> tuple[Array, Any]:
-    return network.bind(params).encode_next(from_uint8(video[None]), state)
+  def encode(params: PyTree, video: Array, state: Any) -> tuple[Array, Any]:
+    vae = network.bind(params)
+    mean, _, state = vae.encode_next(from_uint8(video[None]), state)
+    return vae.normalise(mean)[0], state
 
-  latents, state = jax.jit(first)(params, frames[:1])
-  parts, step = [np.asarray(latents[0])], jax.jit(later, donate_argnums=(2,))
+  step = jax.jit(encode, donate_argnums=2)
+  latents, state = step(params, frames[:1], None)
+  parts = [np.asarray(latents)]
   for start in range(1, len(frames), group):
     latents, state = step(params, frames[start : start + group], state)
-    parts.append(np.asarray(latents[0]))
+    parts.append(np.asarray(latents))
   return np.concatenate(parts)

@@ -10,6 +10,7 @@ import numpy as np
 from longlive_jax.config import Vae
 from longlive_jax.convert.keys_vae import vae_rows
 from longlive_jax.convert.torch_import import import_params
+from longlive_jax.model.conv import patchify
 from longlive_jax.model.module import Network
 from longlive_jax.model.vae import TIME, check_config, declare_vae
 from longlive_jax.model.vae import Vae as Module
@@ -81,8 +82,6 @@ def stage_outputs(
 
 def all_stages(vae: Module, video: Array, latents: Array) -> dict[str, Array]:
   """Outputs of the stages of encoder and decoder for the first two latents."""
-  from longlive_jax.model.conv import patchify
-
   count = len(vae.encoder.stages)
   patches = patchify(video)
   raw = vae.from_latent(vae.denormalise(latents))
@@ -104,12 +103,10 @@ def decode_in_pieces(
   network: Network, params: PyTree, latents: Array, pieces: Sequence[int]
 ) -> tuple[list[Array], PyTree]:
   """Frames of every piece, and the state after the last."""
-  start = jax.jit(lambda p, z: network.bind(p).decode_start(z))
-  following = jax.jit(lambda p, z, s: network.bind(p).decode_next(z, s))
+  decode = jax.jit(lambda p, z, s: network.bind(p).decode_next(z, s))
   frames, state, at = [], None, 0
   for size in pieces:
-    piece = latents[:, at : at + size]
-    video, state = start(params, piece) if at == 0 else following(params, piece, state)
+    video, state = decode(params, latents[:, at : at + size], state)
     frames.append(video)
     at += size
   return frames, state
@@ -136,12 +133,9 @@ def check_streaming(
     yield Refused("dec/stream_bit_equal", "says how the original's convolutions round")
   carried = jax.tree.leaves(state)
   if "dec/feat_cache_len" in archive:  # the original also counts the 1x1x1 shortcuts
-    shortcuts = sum(row.path.endswith("shortcut/kernel") for row in vae_rows(vae_of(config)))
-    shortcuts -= sum(
-      row.path.endswith("shortcut/kernel") and row.path.startswith("encoder")
-      for row in vae_rows(vae_of(config))
-    )
-    length = len(carried) + shortcuts
+    paths = [row.path for row in vae_rows(vae_of(config))]
+    shortcuts = [p for p in paths if p.startswith("decoder") and p.endswith("shortcut/kernel")]
+    length = len(carried) + len(shortcuts)
     yield compare("dec/feat_cache_len", length, archive["dec/feat_cache_len"], 0, 0)
   prefix = "dec/final_feat_cache/"
   for name in sorted(k for k in archive if k.startswith(prefix)):
