@@ -55,7 +55,8 @@ class Denoiser:
     if tables.window_cos is not None and tables.window_sin is not None:
       window = expand((tables.window_cos, tables.window_sin), space)
     rope = expand((tables.cos, tables.sin), space)
-    return Cached(tables.level, rope, tables.slot, tables.lengths, window)
+    lengths = None if tables.lengths is None else jnp.asarray(tables.lengths)
+    return Cached(tables.level, rope, jnp.asarray(tables.slot), lengths, window)
 
   def denoise(
     self,

@@ -3,7 +3,8 @@
 A `RolloutState` is a value: the cached keys and values, the host's account of the slots, and the
 latents of the blocks that are still cached. `Engine` holds the executables, one `denoise` and one
 `commit` a fill level, compiled before the first block: after that a longer video, another prompt
-or a cut compiles nothing. The caches of a state are donated to the next call.
+or a cut compiles nothing. The caches of a state are donated to the next call: a state is used
+once.
 
 Source: spec/inference.md section 1; re-caching as in design of the first LongLive.
 """
@@ -19,10 +20,11 @@ import numpy as np
 
 from longlive_jax.config import Experiment
 from longlive_jax.model.dit import TextKV
-from longlive_jax.model.kv_cache import SlotState, empty_cache, keep_sink
+from longlive_jax.model.kv_cache import SlotState, admit, empty_cache, keep_sink
 from longlive_jax.sample.block import Caches, Denoiser, Texts
+from longlive_jax.sample.latents import block_shape
 from longlive_jax.sample.schedule import SampleState, Schedule, States
-from longlive_jax.types import Array, PyTree
+from longlive_jax.types import Array, ArrayLike, PyTree
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,12 +41,21 @@ class RolloutState:
   block: int
   states: States
   caches: Caches
-  history: tuple[tuple[int, Array], ...] = ()
+  history: tuple[tuple[int, ArrayLike], ...] = ()
 
 
 def _shapes(tree: PyTree) -> PyTree:
-  """The tree with arrays replaced by their shapes and dtypes."""
-  return jax.tree.map(lambda a: jax.ShapeDtypeStruct(np.shape(a), a.dtype), tree)
+  """The tree with arrays replaced by their shapes and dtypes, and by where they are placed."""
+
+  def shape(a: Any) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=getattr(a, "sharding", None))
+
+  return jax.tree.map(shape, tree)
+
+
+def _placed(shape: jax.ShapeDtypeStruct, sharding: Any) -> jax.ShapeDtypeStruct:
+  """The shape with a placement."""
+  return jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=sharding)
 
 
 class Engine:
@@ -53,22 +64,18 @@ class Engine:
   Args:
     denoiser: network, solver, guidance, ops.
     experiment: checked experiment; gives all sizes and the policy.
-    params: parameters or their shapes.
+    params: parameters or their shapes; everything runs where they are placed.
     batch: B.
+
+  Attributes:
+    latents: shape and placement of the blocks that come out.
   """
 
   def __init__(self, denoiser: Denoiser, experiment: Experiment, params: PyTree, batch: int):
     self.denoiser, self.experiment, self.batch = denoiser, experiment, batch
     self.schedule = Schedule.of(experiment)
     self.branches = 2 if denoiser.guidance != 1.0 else 1
-    model = experiment.model
-    self.block_shape = (
-      batch,
-      model.block_latents,
-      experiment.latent_height,
-      experiment.latent_width,
-      model.vae.latent_channels,
-    )
+    self.block_shape = block_shape(experiment, batch)
     self._compile(_shapes(params))
 
   def _compile(self, params: PyTree) -> None:
@@ -93,7 +100,10 @@ class Engine:
       args = (params, latents, texts, caches, shapes, latents, mask)
       self.denoise[level] = denoise.lower(*args).compile()
       self.commit[level] = commit.lower(params, latents, texts, caches, shapes).compile()
-    self.empty = jax.jit(self._empty).lower().compile()
+    placed = self.commit[1].output_shardings
+    self.empty = jax.jit(self._empty, out_shardings=placed).lower().compile()
+    caches = jax.tree.map(_placed, caches, placed)
+    self.latents = _placed(latents, self.denoise[1].output_shardings[0])
     rows = jax.ShapeDtypeStruct((self.batch,), jnp.bool_)
     self.copy = jax.jit(functools.partial(jax.tree.map, jnp.copy)).lower(caches).compile()
     self.select = jax.jit(_select, donate_argnums=(1,)).lower(rows, caches, caches).compile()
@@ -121,11 +131,11 @@ class Engine:
     self,
     params: PyTree,
     state: RolloutState,
-    noise: Array,
+    noise: ArrayLike,
     texts: Texts,
     cut: Sequence[bool],
-    known: Array,
-    known_mask: Array,
+    known: ArrayLike,
+    known_mask: ArrayLike,
   ) -> tuple[Array, RolloutState]:
     """Samples one block and leaves its clean keys and values in the cache.
 
@@ -148,7 +158,7 @@ class Engine:
     return latents, self._settle(params, state, latents, texts, cut)
 
   def absorb(
-    self, params: PyTree, state: RolloutState, latents: Array, texts: Texts, cut: Sequence[bool]
+    self, params: PyTree, state: RolloutState, latents: ArrayLike, texts: Texts, cut: Sequence[bool]
   ) -> RolloutState:
     """Takes a given block into the cache, as if it had been sampled."""
     states, _ = self.schedule.enter(state.states, state.block, cut)
@@ -156,9 +166,9 @@ class Engine:
     return self._settle(params, state, latents, texts, cut)
 
   def _settle(
-    self, params: PyTree, state: RolloutState, latents: Array, texts: Texts, cut: Sequence[bool]
+    self, params: PyTree, state: RolloutState, latents: ArrayLike, texts: Texts, cut: Sequence[bool]
   ) -> RolloutState:
-    _, after, tables = self.schedule.settle(state.states, state.block, cut)
+    after, tables = self.schedule.settle(state.states, state.block, cut)
     caches = self.commit[tables.level](params, latents, texts, state.caches, tables)
     cached = {block for sample in after for block in sample.slots.blocks}
     history = (*state.history, (state.block, latents))
@@ -197,7 +207,12 @@ class Engine:
     return dataclasses.replace(state, states=states, caches=caches)
 
   def _readmit(
-    self, states: States, before: States, todo: list[list[int]], turn: int, history: dict[int, Any]
+    self,
+    states: States,
+    before: States,
+    todo: list[list[int]],
+    turn: int,
+    history: dict[int, ArrayLike],
   ) -> tuple[States, list[int], np.ndarray]:
     """Gives the turn's block of each sample its new slot, and gathers the clean latents."""
     clean = np.zeros(self.block_shape, np.float32)
@@ -207,13 +222,9 @@ class Engine:
       if turn < len(blocks):
         block = blocks[turn]
         position = old.slots.positions[old.slots.blocks.index(block)]
-        block_slots = dataclasses.replace(
-          state.slots,
-          blocks=(*state.slots.blocks, block),
-          positions=(*state.slots.positions, position),
-        )
-        state, slot = SampleState(block_slots, state.cuts), block_slots.level - 1
-        clean[row] = np.asarray(history[block][row])
+        slot_state, slot = admit(state.slots, block, position, self.schedule.window)
+        state = SampleState(slot_state, state.cuts)
+        clean[row] = np.asarray(history[block])[row]
       entered.append(state)
       slots.append(slot)
     return tuple(entered), slots, clean

@@ -12,8 +12,9 @@ whatever else is in its batch.
 
 import collections
 import dataclasses
+import functools
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -21,14 +22,15 @@ import jax.numpy as jnp
 import numpy as np
 
 from longlive_jax.config import Experiment
-from longlive_jax.data.prompts import BlockPrompt, Script, expand
+from longlive_jax.data.prompts import BlockPlan, Script, expand
 from longlive_jax.model import solvers
 from longlive_jax.model.module import Network
 from longlive_jax.model.ops import REFERENCE, Ops
 from longlive_jax.model.tokenizer import Tokenizer
 from longlive_jax.sample.block import Denoiser
 from longlive_jax.sample.decoder import Decoder, encode_frames
-from longlive_jax.sample.rollout import Engine, RolloutState
+from longlive_jax.sample.latents import block_noise, block_shape, split_blocks, watched
+from longlive_jax.sample.rollout import Engine
 from longlive_jax.types import Array, PyTree
 
 PROMPTS_KEPT = 64  # embeddings of the last prompts stay in memory
@@ -57,11 +59,19 @@ class Models:
 
 @dataclasses.dataclass(frozen=True)
 class Compiled:
-  """Executables for one batch size."""
+  """Executables for one batch size.
+
+  Attributes:
+    engine: the rollout.
+    decoder: latents to frames.
+    noise: `block_noise` of a block.
+    finite: whether all numbers of a block's latents are finite.
+  """
 
   engine: Engine
   decoder: Decoder
-  noise: Any
+  noise: Callable[..., Array]
+  finite: Callable[[Array], Array]
 
 
 class Sampler:
@@ -76,7 +86,6 @@ class Sampler:
     self.experiment = models.experiment
     self._compiled: dict[int, Compiled] = {}
     self._embeddings: collections.OrderedDict[str, np.ndarray] = collections.OrderedDict()
-    self._encode_text: Any = None
 
   def prepare(self, batch: int = 1) -> Compiled:
     """Compiles everything that videos of this batch size need; a second call is free."""
@@ -87,15 +96,17 @@ class Sampler:
       engine = Engine(denoiser, self.experiment, models.params["dit"], batch)
       decoder = Decoder(models.vae, models.params["vae"], engine.block_shape)
       seeds = jax.ShapeDtypeStruct((batch,), jnp.uint32)
-      block = jax.ShapeDtypeStruct((), jnp.int32)
+      number = jax.ShapeDtypeStruct((), jnp.int32)
       draw = jax.jit(lambda s, i, b: block_noise(s, i, b, engine.block_shape[1:]))
-      noise = draw.lower(seeds, seeds, block).compile()
-      self._compiled[batch] = Compiled(engine, decoder, noise)
-    if self._encode_text is None:
-      self._encode_text = self._compile_text()
+      noise = draw.lower(seeds, seeds, number).compile()
+      finite = jax.jit(lambda x: jnp.isfinite(x).all()).lower(engine.latents).compile()
+      self._compiled[batch] = Compiled(engine, decoder, noise, finite)
+    _ = self._encode_text
     return self._compiled[batch]
 
-  def _compile_text(self) -> Any:
+  @functools.cached_property
+  def _encode_text(self) -> Any:
+    """The compiled text encoder, one prompt at a time."""
     ids = jax.ShapeDtypeStruct((1, self.experiment.model.text.length), jnp.int32)
 
     def encode(params: PyTree, ids: Array, mask: Array) -> Array:
@@ -148,7 +159,9 @@ class Sampler:
       uint8 `[B, T, H, W, 3]`; T is 4 F - 3 for the first block of F latents and 4 F after.
 
     Raises:
-      ValueError: scripts of different lengths, a prompt too long, or shapes that do not fit.
+      ValueError: scripts of different lengths, a prompt too long, shapes that do not fit, a prefix
+        that is not finite, or both images and a prefix.
+      FloatingPointError: a block came out with numbers that are not finite.
     """
     latents = self.latent_blocks(scripts, first_index=first_index, images=images, prefix=prefix)
     decoder = self.prepare(len(scripts)).decoder
@@ -170,21 +183,36 @@ class Sampler:
   ) -> Iterator[Array]:
     """Yields the latents `[B, F, H, W, C]` of each block; arguments as for `stream_batch`."""
     plans = self.plan(scripts)
+    if images is not None and prefix is not None:
+      raise ValueError("images and a prefix are both given; a video that goes on takes no image")
+    shape = block_shape(self.experiment, len(scripts))
+    given = [] if prefix is None else split_blocks(np.asarray(prefix, np.float32), shape)
     run = self.prepare(len(scripts))
-    shape, params = run.engine.block_shape, self.models.params["dit"]
     known, mask = np.zeros(shape, np.float32), np.zeros(shape[:2], bool)
     if images is not None:
       known[:, :1] = run.decoder.encode_images(np.asarray(images))
       mask[:, 0] = True
     seeds = [self.experiment.sample.seed if s.seed is None else s.seed for s in scripts]
-    seeds = np.asarray(seeds, np.uint32)
-    indices = np.arange(first_index, first_index + len(scripts), dtype=np.uint32)
-    state, texts, prompts = run.engine.start(), (), None
-    if prefix is not None:
-      texts = self._texts(run, [plan[0].prompt for plan in plans])
-      for block in split_blocks(np.asarray(prefix, np.float32), shape):
-        state = run.engine.absorb(params, state, block, texts, [False] * len(plans))
-        yield jnp.asarray(block)
+    keys = np.asarray(seeds, np.uint32), first_index + np.arange(len(scripts), dtype=np.uint32)
+    blocks = self._rollout(run, plans, given, keys, known, mask)
+    yield from watched(blocks, run.finite)
+
+  def _rollout(
+    self,
+    run: Compiled,
+    plans: Sequence[BlockPlan],
+    given: Sequence[np.ndarray],
+    keys: tuple[np.ndarray, np.ndarray],
+    known: np.ndarray,
+    mask: np.ndarray,
+  ) -> Iterator[Array]:
+    """Yields the given blocks, then a sampled one for each entry of the plans."""
+    params, state = self.models.params["dit"], run.engine.start()
+    prompts = [plan[0].prompt for plan in plans]
+    texts = self._texts(run, prompts)
+    for block in given:
+      state = run.engine.absorb(params, state, block, texts, [False] * len(plans))
+      yield jnp.asarray(block)
     for entries in zip(*plans, strict=True):
       if prompts != [entry.prompt for entry in entries]:
         prompts = [entry.prompt for entry in entries]
@@ -192,7 +220,7 @@ class Sampler:
       rows = [entry.transition == "recache" for entry in entries]
       if any(rows):
         state = run.engine.recache(params, state, texts, rows)
-      noise = run.noise(seeds, indices, np.int32(state.block))
+      noise = run.noise(*keys, np.int32(state.block))
       cut = [entry.transition == "cut" for entry in entries]
       latents, state = run.engine.next_block(params, state, noise, texts, cut, known, mask)
       mask = np.zeros_like(mask)
@@ -216,7 +244,7 @@ class Sampler:
       self.models.vae, self.models.params["vae"], frames[: 4 * block * blocks - 3]
     )
 
-  def plan(self, scripts: Sequence[Script]) -> list[tuple[BlockPrompt, ...]]:
+  def plan(self, scripts: Sequence[Script]) -> list[BlockPlan]:
     """Prompts and transitions of every block, checked before anything is computed.
 
     Raises:
@@ -226,7 +254,7 @@ class Sampler:
       raise ValueError("at least one script is needed")
     sample, model = self.experiment.sample, self.experiment.model
     fps = self.experiment.video.fps
-    plans = [tuple(expand(s, fps, model.block_latents, sample.cut_prefix)) for s in scripts]
+    plans = [expand(s, fps, model.block_latents, sample.cut_prefix) for s in scripts]
     lengths = sorted({len(plan) for plan in plans})
     if len(lengths) > 1:
       raise ValueError(
@@ -243,32 +271,3 @@ class Sampler:
       negative = self.embed(self.experiment.sample.negative_prompt)
       texts.append(run.engine.text_kv(params, np.stack([negative] * len(prompts))))
     return tuple(texts)
-
-
-def block_noise(seeds: Array, indices: Array, block: Array, shape: tuple[int, ...]) -> Array:
-  """Noise `[B, *shape]` float32 of one block, keyed by (seed, index, block) of each sample."""
-
-  def one(seed: Array, index: Array) -> Array:
-    key = jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), index), block)
-    return jax.random.normal(key, shape, jnp.float32)
-
-  return jax.vmap(one)(seeds, indices)
-
-
-def split_blocks(latents: np.ndarray, block_shape: tuple[int, ...]) -> list[np.ndarray]:
-  """Cuts latents `[B, P * F, H, W, C]` into P blocks of `block_shape`.
-
-  Raises:
-    ValueError: another shape, or not a whole number of blocks.
-  """
-  batch, block, *rest = block_shape
-  fits = latents.ndim == 5 and latents.shape[0] == batch and list(latents.shape[2:]) == rest
-  if not fits or latents.shape[1] % block or latents.shape[1] == 0:
-    raise ValueError(
-      f"prefix has shape {latents.shape}; it must be ({batch}, a multiple of"
-      f" model.block_latents={block}, {', '.join(map(str, rest))})"
-    )
-  return np.split(latents, latents.shape[1] // block, 1)
-
-
-__all__ = ["Compiled", "Models", "RolloutState", "Sampler", "block_noise", "split_blocks"]

@@ -112,28 +112,26 @@ class Schedule:
       slots.append(slot)
     return tuple(entered), self.tables(tuple(entered), slots)
 
-  def settle(
-    self, states: States, block: int, cut: Sequence[bool]
-  ) -> tuple[States, States, Tables]:
+  def settle(self, states: States, block: int, cut: Sequence[bool]) -> tuple[States, Tables]:
     """Prepares the clean pass of a block that `enter` let in.
 
+    After a cut `recache_cuts` forgets all but the sink before the pass, and `pin` keeps the block
+    until the next cut. A cut inside the sink forgets nothing.
+
     Returns:
-      (states as they are during the clean pass, states after the block, tables of the pass).
-      They differ by the pin that a cut sets once the block is clean.
+      (states after the block, tables of the pass).
     """
-    during, slots = [], []
+    settled, slots = [], []
     for state, is_cut in zip(states, cut, strict=True):
       slot_state, slot = state.slots, state.slots.blocks.index(block)
-      if is_cut and self.recache_cuts:
+      if is_cut and self.recache_cuts and block >= self.window.sink:
         position = slot_state.positions[slot]
         slot_state, slot = admit(keep_sink(slot_state, self.window), block, position, self.window)
-      during.append(SampleState(slot_state, state.cuts))
+      if is_cut and self.pin:
+        slot_state = pin_block(slot_state, block)
+      settled.append(SampleState(slot_state, state.cuts))
       slots.append(slot)
-    after = tuple(
-      SampleState(pin_block(s.slots, block), s.cuts) if is_cut and self.pin else s
-      for s, is_cut in zip(during, cut, strict=True)
-    )
-    return tuple(during), after, self.tables(tuple(during), slots)
+    return tuple(settled), self.tables(tuple(settled), slots)
 
   def tables(self, states: States, slots: Sequence[int]) -> Tables:
     """Tables of a pass whose block is in slot `slots[b]` of sample b."""

@@ -142,7 +142,7 @@ def run(
     for x, timestep in zip(noisy[block], config["timesteps"], strict=True):
       velocity, cache = runner.call(x, timestep, text, cache, tables)
       velocities.append(velocity)
-    _, states, tables = schedule.settle(states, block, cut)
+    states, tables = schedule.settle(states, block, cut)
     velocity, cache = runner.call(clean[block], 0.0, text, cache, tables)
     out["flow_pred"].append(np.stack(velocities))
     out["clean_flow_pred"].append(velocity)
