@@ -15,22 +15,25 @@ import numpy as np
 from absl import flags
 from tqdm import tqdm
 
-from longlive_jax.build import Pipeline
+from longlive_jax.build import Pipeline, enable_compile_cache
 from longlive_jax.config import Experiment
 from longlive_jax.config.load import define_config_flag, from_flags, run_main, to_json
 from longlive_jax.data import shapes
 from longlive_jax.data.prompts import Script, Shot
 from longlive_jax.eval import shapes_score
-from longlive_jax.io.atomic import replacing
+from longlive_jax.io.atomic import check_writable, replacing
 
 CONFIG = define_config_flag()
-SCRIPTS = flags.DEFINE_integer("scripts", 128, "scripts to generate")
-FIRST_SEED = flags.DEFINE_integer("first_seed", 1_000_000, "seed of the first script")
-SHOTS = flags.DEFINE_integer("shots", 4, "shots a script")
-BLOCKS = flags.DEFINE_integer("blocks", 4, "blocks a shot")
-BATCH = flags.DEFINE_integer("batch", 1, "scripts generated at a time")
+SCRIPTS = flags.DEFINE_integer("scripts", 128, "scripts to generate", lower_bound=1)
+FIRST_SEED = flags.DEFINE_integer(
+  "first_seed", 1_000_000, "seed of the first script", lower_bound=0, upper_bound=2**31
+)
+SHOTS = flags.DEFINE_integer("shots", 4, "shots a script", lower_bound=1)
+BLOCKS = flags.DEFINE_integer("blocks", 4, "blocks a shot", lower_bound=1)
+BATCH = flags.DEFINE_integer("batch", 1, "scripts generated at a time", lower_bound=1)
 OUT = flags.DEFINE_string("out", "outputs/score.json", "file to write")
 AGAINST = flags.DEFINE_string("against", None, "score file to compare with, script by script")
+SAME = ("scripts", "first_seed", "shots", "blocks")  # flags that make the scripts
 
 
 def draw_clip(experiment: Experiment, seed: int) -> shapes.ClipSpec:
@@ -46,8 +49,29 @@ def to_script(clip: shapes.ClipSpec, seed: int) -> Script:
   return Script(shots=shots, seed=seed)
 
 
+def read_against(path: str) -> list[shapes_score.Result]:
+  """The results of another run over the same scripts.
+
+  Raises:
+    FileNotFoundError: there is no such file.
+    ValueError: it is not a score file, or one of other scripts.
+  """
+  if not Path(path).is_file():
+    raise FileNotFoundError(f"--against={path}: there is no such file")
+  try:
+    other = json.loads(Path(path).read_text())
+    theirs, results = {name: other["flags"][name] for name in SAME}, other["results"]
+  except (ValueError, KeyError, TypeError) as error:
+    raise ValueError(f"--against={path} is not a file that launch.evaluate wrote") from error
+  for name, value in theirs.items():
+    if value != flags.FLAGS[name].value:
+      raise ValueError(f"--against={path} is of --{name}={value}; only equal scripts can be paired")
+  return results
+
+
 def evaluate(experiment: Experiment) -> dict[str, object]:
   """Generates and scores all scripts."""
+  other = read_against(AGAINST.value) if AGAINST.value else None
   pipeline = Pipeline.from_config(experiment)
   pipeline.prepare(BATCH.value)
   seeds = range(FIRST_SEED.value, FIRST_SEED.value + SCRIPTS.value)
@@ -63,7 +87,7 @@ def evaluate(experiment: Experiment) -> dict[str, object]:
     results += [shapes_score.score_clip(f, c) for f, c in zip(frames, clips, strict=True)]
   report: dict[str, object] = {
     "command": "python -m launch.evaluate",
-    "flags": {f: flags.FLAGS[f].value for f in ("scripts", "first_seed", "shots", "blocks")},
+    "flags": {name: flags.FLAGS[name].value for name in SAME},
     "device": jax.devices()[0].device_kind,
     "jax": jax.__version__,
     "frames_per_second": frames_made / seconds,
@@ -71,10 +95,9 @@ def evaluate(experiment: Experiment) -> dict[str, object]:
     "config": json.loads(to_json(experiment)),
     "results": results,
   }
-  if AGAINST.value:
-    other = json.loads(Path(AGAINST.value).read_text())
+  if other is not None:
     report["against"] = AGAINST.value
-    report["difference"] = shapes_score.paired(results, other["results"])
+    report["difference"] = shapes_score.paired(results, other)
   return report
 
 
@@ -84,6 +107,10 @@ def main(argv: list[str]) -> None:
   experiment = from_flags(CONFIG.value)
   if SCRIPTS.value % BATCH.value:
     raise ValueError(f"--scripts={SCRIPTS.value} must be a multiple of --batch={BATCH.value}")
+  if Path(OUT.value).is_dir():
+    raise ValueError(f"--out={OUT.value} is a folder; give the name of a file")
+  check_writable(OUT.value)
+  enable_compile_cache(experiment)
   report = evaluate(experiment)
   with replacing(OUT.value) as part:
     part.write_text(json.dumps(report, indent=1))

@@ -1,4 +1,4 @@
-"""Makes a video from a script.
+r"""Makes a video from a script.
 
   python -m launch.sample --config=configs/tiny.py --script=configs/scripts/demo.json \
       --out=outputs/demo.mp4
@@ -11,31 +11,25 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-import jax
 import numpy as np
 from absl import flags
 from tqdm import tqdm
 
-from longlive_jax.build import Pipeline
-from longlive_jax.config import Experiment
+from longlive_jax.build import Pipeline, enable_compile_cache
+from longlive_jax.config import Experiment, Video
 from longlive_jax.config.load import define_config_flag, from_flags, run_main, to_json
 from longlive_jax.data.prompts import Script, load_script
+from longlive_jax.io.atomic import replacing
 from longlive_jax.io.image import read_image
-from longlive_jax.io.video import read_video, write_video
+from longlive_jax.io.video import read_video, write_video, writer_for
 
 CONFIG = define_config_flag()
 SCRIPT = flags.DEFINE_string("script", None, "script file: .json, or .txt with one prompt a line")
-OUT = flags.DEFINE_string("out", "outputs/video.mp4", "video to write: .mp4, .gif, or a folder")
-IMAGE = flags.DEFINE_string("image", None, "image-to-video: the first frame")
-EXTEND = flags.DEFINE_string("extend", None, "video to go on from; its latents come first")
-
-
-def enable_compile_cache(folder: str) -> None:
-  """Keeps compiled executables in `folder`, so that the next start compiles nothing."""
-  if folder:
-    jax.config.update("jax_compilation_cache_dir", folder)
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
-    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+OUT = flags.DEFINE_string(
+  "out", "outputs/video.mp4", "video to write: .mp4, .gif, or a folder of .png"
+)
+IMAGE = flags.DEFINE_string("image", None, "image-to-video: the first frame, instead of a script's")
+EXTEND = flags.DEFINE_string("extend", None, "video to go on from; it comes first in the result")
 
 
 def with_progress(frames: Iterator[np.ndarray], blocks: int) -> Iterator[np.ndarray]:
@@ -49,32 +43,50 @@ def with_progress(frames: Iterator[np.ndarray], blocks: int) -> Iterator[np.ndar
       yield part
 
 
-def inputs(pipeline: Pipeline, script: Script) -> dict[str, np.ndarray]:
-  """The first frame or the latents that the flags or the script name, as stream options."""
-  video = pipeline.experiment.video
-  options = {}
+def read_inputs(script: Script, video: Video) -> dict[str, np.ndarray]:
+  """What the flags or the script give to begin with.
+
+  Returns:
+    {"image": uint8 `[H, W, 3]`}, {"extend": uint8 `[T, H, W, 3]`} or nothing.
+
+  Raises:
+    FileNotFoundError: there is no such file.
+    ValueError: it cannot be read, or both are given.
+  """
   image = IMAGE.value or script.image
+  if image and EXTEND.value:
+    raise ValueError(
+      f"--extend={EXTEND.value} and the image '{image}' are both given: a video goes on from"
+      " another or begins with an image; leave one out"
+    )
   if image:
-    options["images"] = read_image(image, video.height, video.width)[None]
+    return {"image": read_image(image, video.height, video.width)}
   if EXTEND.value:
-    frames = read_video(EXTEND.value, fps=video.fps, height=video.height, width=video.width)
-    options["prefix"] = pipeline.encode_video(frames)[None]
-  return options
+    size = {"height": video.height, "width": video.width}
+    return {"extend": read_video(EXTEND.value, fps=video.fps, **size)}
+  return {}
 
 
 def sample(experiment: Experiment, script: Script, out: Path) -> None:
   """Generates the video of a script and writes it with its configuration."""
   started = time.perf_counter()
+  given = read_inputs(script, experiment.video)
   pipeline = Pipeline.from_config(experiment)
-  options = inputs(pipeline, script)
   blocks = len(pipeline.plan([script])[0])
+  options = {}
+  if "image" in given:
+    options["images"] = given["image"][None]
+  if "extend" in given:
+    options["prefix"] = pipeline.encode_video(given["extend"])[None]
+    blocks += options["prefix"].shape[1] // experiment.model.block_latents
   pipeline.prepare()
   ready = time.perf_counter()
-  extra = options["prefix"].shape[1] // experiment.model.block_latents if EXTEND.value else 0
-  frames = with_progress(pipeline.stream(script, **options), blocks + extra)
-  count = write_video(out, frames, experiment.video.fps)
+  count = write_video(
+    out, with_progress(pipeline.stream(script, **options), blocks), experiment.video.fps
+  )
   seconds = time.perf_counter() - ready
-  out.with_name(out.name + ".config.json").write_text(to_json(experiment))
+  with replacing(out.with_name(out.name + ".config.json")) as part:
+    part.write_text(to_json(experiment))
   print(
     f"{out}: {count} frames, {count / experiment.video.fps:.1f} s of video;"
     f" ready in {ready - started:.1f} s, made in {seconds:.1f} s ({count / seconds:.1f} FPS)"
@@ -86,9 +98,11 @@ def main(argv: list[str]) -> None:
   del argv
   experiment = from_flags(CONFIG.value)
   if not SCRIPT.value:
-    raise ValueError("--script is required: a .json or .txt file")
-  enable_compile_cache(experiment.io.compile_cache)
-  sample(experiment, load_script(SCRIPT.value), Path(OUT.value))
+    raise ValueError("--script is needed: a .json file, or a .txt file with one prompt a line")
+  script, out = load_script(SCRIPT.value), Path(OUT.value)
+  writer_for(out)  # refuses what cannot be written before anything is computed
+  enable_compile_cache(experiment)
+  sample(experiment, script, out)
 
 
 if __name__ == "__main__":

@@ -3,14 +3,17 @@
 import dataclasses
 import json
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from absl import logging
 
 from longlive_jax.config import Experiment
-from longlive_jax.config.load import from_json
-from longlive_jax.io.checkpoint import load_params, read_config
+from longlive_jax.config.load import from_flags, from_json
+from longlive_jax.config.walk import differences
+from longlive_jax.io.checkpoint import MismatchError, load_params, read_config
+from longlive_jax.io.leaves import path_name
 from longlive_jax.model.dit import declare_dit
 from longlive_jax.model.module import Network
 from longlive_jax.model.ops import Ops, attend_with, cudnn_attention, dense_attention
@@ -18,9 +21,27 @@ from longlive_jax.model.text import declare_text, frozen_params
 from longlive_jax.model.tokenizer import load_tokenizer
 from longlive_jax.model.vae import declare_vae
 from longlive_jax.sample.sampler import Models, Sampler
-from longlive_jax.types import PyTree
+from longlive_jax.types import Array, PyTree
 
 ASSETS = Path(__file__).parent / "assets"
+
+
+def enable_compile_cache(experiment: Experiment) -> None:
+  """Keeps compiled executables in `io.compile_cache`, so that the next start compiles nothing.
+
+  It is a setting of the whole process, for programs to make before anything is compiled.
+  """
+  folder = experiment.io.compile_cache
+  if not folder:
+    return
+  try:
+    Path(folder).mkdir(parents=True, exist_ok=True)
+  except OSError as error:
+    logging.warning("nothing is cached: io.compile_cache='%s': %s", folder, error.strerror)
+    return
+  jax.config.update("jax_compilation_cache_dir", folder)
+  jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+  jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 
 
 def choose_ops(experiment: Experiment) -> Ops:
@@ -60,7 +81,7 @@ def find_checkpoint(name: str) -> Path:
   for folder in (Path(name), ASSETS / name):
     if (folder / "config.json").is_file():
       return folder
-  shipped = sorted(p.name for p in ASSETS.iterdir() if (p / "config.json").is_file())
+  shipped = sorted(file.parent.name for file in ASSETS.glob("*/config.json"))
   raise FileNotFoundError(
     f"io.checkpoint={name!r} is neither a checkpoint folder nor one of the shipped"
     f" weights: {', '.join(shipped) or 'none'}"
@@ -70,36 +91,61 @@ def find_checkpoint(name: str) -> Path:
 def fresh_params(experiment: Experiment, networks: dict[str, Network]) -> dict[str, PyTree]:
   """Freshly drawn parameters of all networks, from `train.seed`."""
   text = experiment.model.text
-  params = {name: networks[name].init(experiment.train.seed) for name in ("dit", "vae")}
-  frozen = text.frozen_seed >= 0
-  params["text"] = (
-    frozen_params(networks["text"], text)
-    if frozen
-    else networks["text"].init(experiment.train.seed)
-  )
-  return params
+  params = {name: network.init(experiment.train.seed) for name, network in networks.items()}
+  return params | ({"text": frozen_params(networks["text"], text)} if text.frozen_seed >= 0 else {})
+
+
+def load_networks(
+  experiment: Experiment, networks: dict[str, Network], folder: Path
+) -> dict[str, PyTree]:
+  """Parameters of all networks from a checkpoint, float32 whatever is stored.
+
+  Raises:
+    ValueError: they do not fit the experiment (names the settings that differ), or are not finite.
+  """
+  abstract = {
+    name: jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, jnp.float32), net.abstract)
+    for name, net in networks.items()
+  }
+  try:
+    return load_params(folder, abstract)
+  except MismatchError as error:
+    saved = saved_experiment(folder).model
+    found = differences(saved, experiment.model)
+    names = [f"model.{name}={there!r} there, {here!r} here" for name, there, here in found]
+    raise ValueError(f"io.checkpoint='{folder}': {'; '.join([str(error), *names])}") from error
+
+
+def saved_experiment(folder: Path) -> Experiment:
+  """The configuration that a checkpoint was saved with, not yet checked or sealed."""
+  return from_json(json.dumps(read_config(folder)))
 
 
 def cast_params(params: PyTree, dtype: str) -> PyTree:
-  """Casts the weights of matrix products; vectors (norms, biases, tables) stay float32."""
-  return jax.tree.map(lambda a: a.astype(dtype) if a.ndim >= 2 else a, params)
+  """Casts the matrices of the transformer that are multiplied in `dtype`.
+
+  What is used in float32 stays float32: norms, biases, modulation, the embedding of timesteps.
+  """
+
+  def cast(path: tuple[Any, ...], leaf: Array) -> Array:
+    name = path_name(path)
+    narrow = name.endswith("/kernel") and not name.startswith("time_")
+    return leaf.astype(dtype) if narrow else leaf
+
+  return jax.tree_util.tree_map_with_path(cast, params)
 
 
 def build_models(experiment: Experiment) -> Models:
   """Networks with parameters from `io.checkpoint`, or fresh ones when it is empty.
 
   Raises:
-    FileNotFoundError: no such checkpoint.
+    FileNotFoundError: no such checkpoint or tokenizer.
     ValueError: its tensors do not fit the experiment, or are not finite.
   """
-  networks = declare_networks(experiment)
+  networks, ops = declare_networks(experiment), choose_ops(experiment)
+  tokenizer = load_tokenizer(experiment.model.text)
   if experiment.io.checkpoint:
-    folder = find_checkpoint(experiment.io.checkpoint)
-    abstract = {
-      name: jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, jnp.float32), net.abstract)
-      for name, net in networks.items()
-    }
-    params = load_params(folder, abstract)
+    params = load_networks(experiment, networks, find_checkpoint(experiment.io.checkpoint))
   else:
     params = fresh_params(experiment, networks)
   return Models(
@@ -108,8 +154,8 @@ def build_models(experiment: Experiment) -> Models:
     vae=networks["vae"],
     text=networks["text"],
     params=params,
-    tokenizer=load_tokenizer(experiment.model.text),
-    ops=choose_ops(experiment),
+    tokenizer=tokenizer,
+    ops=ops,
   )
 
 
@@ -131,7 +177,6 @@ class Pipeline(Sampler):
   def from_checkpoint(cls, folder: str | Path) -> "Pipeline":
     """Loads weights together with the configuration that was saved beside them."""
     path = find_checkpoint(str(folder))
-    experiment = from_json(json.dumps(read_config(path)))
+    experiment = saved_experiment(path)
     experiment.io.checkpoint = str(path)
-    experiment.seal()
-    return cls.from_config(experiment)
+    return cls.from_config(from_flags(experiment))

@@ -2,25 +2,36 @@
 
 `ml_collections.config_flags` parses the values; names and files are looked at first, because
 its own complaints are tracebacks.
+
+What a program tells goes to stdout; stderr has progress bars, warnings and the one line of an
+error.
 """
 
+import contextlib
+import functools
 import importlib.util
+import logging
 import re
 import signal
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 from absl import app, flags
+from absl import logging as absl_logging
 from ml_collections import config_flags
 
 from longlive_jax.checks import suggest
 from longlive_jax.config.schema import Experiment
 from longlive_jax.config.walk import check_setting_name
 
-USER_ERRORS = (ValueError, OSError, flags.Error)
+flags.disclaim_key_flags()  # --config and --debug belong to the program that asks for them
+
+USER_ERRORS = (ValueError, OSError, FloatingPointError, flags.Error)
 TRACEBACK_FLAGS = ("--debug", "--v=1", "--verbosity=1")
 OVERRIDE = re.compile(r"--?(?:no)?config\.([^=]+)")
+LIBRARY = Path(__file__).parent.parent
 
 
 def define_config_flag() -> flags.FlagHolder[Experiment]:
@@ -32,7 +43,10 @@ def define_config_flag() -> flags.FlagHolder[Experiment]:
   if "config" in flags.FLAGS:
     return flags.FlagHolder(flags.FLAGS, flags.FLAGS["config"])
   return config_flags.DEFINE_config_file(
-    "config", None, "configuration file, and a variant after a colon", lock_config=False
+    "config",
+    None,
+    "configuration file, with a variant after a colon; --config.SECTION.FIELD=VALUE changes it",
+    lock_config=False,
   )
 
 
@@ -56,9 +70,8 @@ def config_file(path: str) -> Path:
 def run_main(main: Callable[[list[str]], object], *, default_config: str = "") -> None:
   """Runs the main of a launch script, as `absl.app.run` does, and ends the process.
 
-  An error of the user (ValueError, OSError, a wrong flag) is one line on stderr and exit code 2;
-  `--debug` or `--v=1` shows its traceback. An interruption is exit code 130, SIGTERM 143; both
-  run all clean-up first.
+  An error of the user (`USER_ERRORS`) is one line on stderr and exit code 2; `--debug` or `--v=1`
+  shows its traceback. An interruption is exit code 130, SIGTERM 143; both run all clean-up first.
 
   Args:
     main: called with the name of the program once flags are parsed.
@@ -71,7 +84,43 @@ def run_main(main: Callable[[list[str]], object], *, default_config: str = "") -
   def parse(argv: Sequence[str]) -> list[str]:
     return one_line_errors(lambda: parse_flags(list(argv), default_config))
 
-  app.run(lambda argv: one_line_errors(lambda: main(argv)), flags_parser=parse)
+  with tidy_output():
+    app.run(lambda argv: one_line_errors(lambda: main(argv)), flags_parser=parse)
+
+
+@contextlib.contextmanager
+def tidy_output() -> Iterator[None]:
+  """Sends what our modules log at level INFO to stdout; that of other libraries is left out.
+
+  So are the tracebacks that Orbax leaves behind when it reads damaged files, in its log, that of
+  asyncio and as exceptions of its threads: what is raised tells of them in one line.
+  """
+  logger, stderr = absl_logging.get_absl_logger(), absl_logging.get_absl_handler()
+
+  def is_ours(record: logging.LogRecord) -> bool:
+    return record.levelno == logging.INFO and Path(record.pathname).is_relative_to(LIBRARY)
+
+  def is_said(record: logging.LogRecord) -> bool:
+    noisy = record.name == "asyncio" or "orbax" in Path(record.pathname).parts
+    return record.levelno != logging.INFO and not noisy
+
+  told = logging.StreamHandler(sys.stdout)
+  told.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
+  told.addFilter(is_ours)
+  logger.addHandler(told)
+  stderr.addFilter(is_said)
+  sys.unraisablehook = functools.partial(drop_closed_loops, sys.unraisablehook)
+  try:
+    yield
+  finally:
+    logger.removeHandler(told)
+    stderr.removeFilter(is_said)
+
+
+def drop_closed_loops(hook: Callable[[Any], object], unraisable: Any) -> None:
+  """Calls the hook unless a thread of Orbax came back to an event loop that is gone."""
+  if "Event loop is closed" not in str(unraisable.exc_value):
+    hook(unraisable)
 
 
 def one_line_errors[T](run: Callable[[], T]) -> T:

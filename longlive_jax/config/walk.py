@@ -29,6 +29,13 @@ def settings(section: Section, prefix: str = "") -> Iterator[tuple[str, type, ob
       yield prefix + name, kind, value
 
 
+def differences(a: Section, b: Section) -> Iterator[tuple[str, object, object]]:
+  """Yields (dotted name, value in `a`, value in `b`) of every setting that is not the same."""
+  for (name, _, x), (_, _, y) in zip(settings(a), settings(b), strict=True):
+    if x != y:
+      yield name, x, y
+
+
 def check_setting_name(dotted: str, root: type[Section] = Experiment) -> None:
   """Raises ValueError unless `dotted` names one setting below `root`; suggests the nearest."""
   kind: type = root

@@ -1,10 +1,24 @@
 """Files and folders that appear under their name only when they are complete."""
 
 import contextlib
+import errno
 import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+
+
+def check_writable(path: str | Path) -> None:
+  """Raises OSError unless a file or folder could be made at `path`; makes nothing itself.
+
+  Folders that are missing above `path` count as possible to make.
+  """
+  path = Path(path)
+  above = next(folder for folder in path.absolute().parents if folder.exists())
+  if not above.is_dir():
+    raise NotADirectoryError(errno.ENOTDIR, f"'{above}' is not a folder", str(path))
+  if not os.access(above, os.W_OK | os.X_OK):
+    raise PermissionError(errno.EACCES, f"the folder '{above}' is not writable", str(path))
 
 
 @contextlib.contextmanager
@@ -19,6 +33,9 @@ def replacing(path: str | Path) -> Iterator[Path]:
 
   Yields:
     The temporary name, with the suffix of `path`; nothing exists there yet.
+
+  Raises:
+    OSError: it cannot be written; names `path`, never the temporary name.
   """
   path = Path(path)
   path.parent.mkdir(parents=True, exist_ok=True)
@@ -33,6 +50,11 @@ def replacing(path: str | Path) -> Iterator[Path]:
       remove(old)
     else:
       os.replace(partial, path)
+  except OSError as error:
+    if error.errno is None:
+      raise
+    name = str(error.filename or path).replace(str(partial), str(path))
+    raise OSError(error.errno, error.strerror, name) from error
   finally:
     remove(partial)
 

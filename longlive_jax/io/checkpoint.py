@@ -23,13 +23,24 @@ from orbax.checkpoint import v1 as ocp
 from longlive_jax.checks import suggest
 from longlive_jax.io.atomic import replacing
 from longlive_jax.io.leaves import Index, disk_groups, disk_places, flat, nested, path_name
-from longlive_jax.io.train_checkpoint import TrainCheckpointer
+from longlive_jax.io.train_checkpoint import UNREADABLE, TrainCheckpointer
 from longlive_jax.types import PyTree
 
-__all__ = ["TrainCheckpointer", "load_params", "read_config", "read_metadata", "save_params"]
+__all__ = [
+  "MismatchError",
+  "TrainCheckpointer",
+  "load_params",
+  "read_config",
+  "read_metadata",
+  "save_params",
+]
 
 CONFIG, METADATA = "config.json", "metadata.json"
 GROUP_BYTES = 2**30
+
+
+class MismatchError(ValueError):
+  """The leaves of a checkpoint are not those that are wanted."""
 
 
 def save_params(
@@ -69,6 +80,7 @@ def read_config(folder: str | Path) -> dict[str, object]:
 
   Raises:
     FileNotFoundError: the folder is not a checkpoint.
+    ValueError: the file in it is not JSON.
   """
   return read_json(Path(folder), CONFIG)
 
@@ -82,7 +94,10 @@ def read_json(folder: Path, name: str) -> dict[str, object]:
   """One of the JSON files of a checkpoint."""
   if not (folder / name).is_file():
     raise FileNotFoundError(f"'{folder}' is not a checkpoint: it has no {name}")
-  return json.loads((folder / name).read_text())
+  try:
+    return json.loads((folder / name).read_text())
+  except ValueError as error:
+    raise ValueError(f"'{folder / name}' is damaged: it is not JSON ({error})") from error
 
 
 def load_params(
@@ -101,7 +116,8 @@ def load_params(
 
   Raises:
     FileNotFoundError: no checkpoint, or it lacks a network.
-    ValueError: a leaf is missing, unknown, of another shape or not finite; its name is given.
+    MismatchError: a leaf is missing, unknown or of another shape; its name is given.
+    ValueError: a leaf is not finite, or a file is damaged; its name is given.
   """
   folder = Path(folder)
   read_config(folder)
@@ -154,7 +170,7 @@ def reading(path: Path) -> Iterator[None]:
   """What Orbax says about a damaged file becomes one line that names the part."""
   try:
     yield
-  except (ValueError, OSError, KeyError) as error:
+  except UNREADABLE as error:
     raise ValueError(f"part '{path}' of the checkpoint is damaged: it cannot be read") from error
 
 
@@ -166,19 +182,19 @@ def is_finite(value: np.ndarray) -> bool:
 def check_leaves(
   name: str, stored: Mapping[str, tuple[int, ...]], wanted: Mapping[str, tuple[int, ...]]
 ) -> None:
-  """Raises ValueError unless the stored leaves are those that the configuration gives."""
+  """Raises MismatchError unless the stored leaves are those that the configuration gives."""
   advice = "; use the configuration saved beside the weights"
   for key, shape in wanted.items():
     if key not in stored:
-      raise ValueError(f"the checkpoint lacks '{name}/{key}'{suggest(key, stored)}{advice}")
+      raise MismatchError(f"the checkpoint lacks '{name}/{key}'{suggest(key, stored)}{advice}")
     if stored[key] != shape:
-      raise ValueError(
+      raise MismatchError(
         f"'{name}/{key}' has shape {stored[key]} in the checkpoint"
         f" but {shape} by the configuration{advice}"
       )
   for key in stored:
     if key not in wanted:
-      raise ValueError(
+      raise MismatchError(
         f"the checkpoint has '{name}/{key}', which the configuration has not"
         f"{suggest(key, wanted)}{advice}"
       )

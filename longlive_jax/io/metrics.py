@@ -9,19 +9,27 @@ from types import TracebackType
 
 from tensorboardX import SummaryWriter
 
+from longlive_jax.io.atomic import replacing
+
+LINES = "metrics.jsonl"
+
 
 class MetricWriter:
   """Appends to `FOLDER/metrics.jsonl` and to TensorBoard events in the same folder.
 
   Args:
-    folder: created if it does not exist; a run that goes on appends.
+    folder: created if it does not exist.
+    done: steps that the run has done already. What is written there of later steps, by a run
+      that was cut short, is dropped, because those steps come again. None keeps all.
   """
 
-  def __init__(self, folder: str | Path):
+  def __init__(self, folder: str | Path, done: int | None = None):
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    self._lines = (folder / "metrics.jsonl").open("a", encoding="utf-8")
-    self._events = SummaryWriter(str(folder))
+    if done is not None:
+      drop_lines_after(folder / LINES, done)
+    self._lines = (folder / LINES).open("a", encoding="utf-8")
+    self._events = SummaryWriter(str(folder), purge_step=None if done is None else done + 1)
 
   def write(self, step: int, values: Mapping[str, float]) -> None:
     """Writes the values of a step; a number that is not finite becomes null in the JSON."""
@@ -49,7 +57,18 @@ class MetricWriter:
     self.close()
 
 
+def drop_lines_after(path: Path, step: int) -> None:
+  """Keeps the lines of steps up to `step`; one that was not written to its end is dropped too."""
+  if not path.is_file():
+    return
+  lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+  kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
+  if kept != lines:
+    with replacing(path) as partial:
+      partial.write_text("".join(kept), encoding="utf-8")
+
+
 def read_metrics(folder: str | Path) -> list[dict[str, float | None]]:
   """All lines of `FOLDER/metrics.jsonl`."""
-  text = (Path(folder) / "metrics.jsonl").read_text(encoding="utf-8")
+  text = (Path(folder) / LINES).read_text(encoding="utf-8")
   return [json.loads(line) for line in text.splitlines()]

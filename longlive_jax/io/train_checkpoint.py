@@ -9,15 +9,22 @@ from types import TracebackType
 from typing import Any
 
 import jax
+from absl import logging
 from orbax.checkpoint import v1 as ocp
 
 from longlive_jax.checks import suggest
+from longlive_jax.io.atomic import remove
 from longlive_jax.io.leaves import flat, path_name
 from longlive_jax.types import PyTree
+
+UNREADABLE = (ValueError, OSError, KeyError)  # what Orbax raises for damaged files
 
 
 class TrainCheckpointer:
   """Saves every so many steps and restores the newest; writing goes on in the background.
+
+  A checkpoint that cannot be read, because whoever wrote or copied it was cut short, is set aside
+  under the name "STEP.unreadable".
 
   Args:
     folder: holds one folder a step.
@@ -35,12 +42,33 @@ class TrainCheckpointer:
       preservation_policy=training.preservation_policies.LatestN(keep),
       cleanup_tmp_directories=True,
     )
+    self._set_unreadable_aside()
+
+  def _set_unreadable_aside(self) -> None:
+    for checkpoint in self._checkpointer.checkpoints:
+      path = self.folder / str(checkpoint.step)
+      if not self._is_readable(checkpoint.step):
+        aside = path.with_suffix(".unreadable")
+        remove(aside)
+        path.rename(aside)
+        logging.warning("checkpoint '%s' cannot be read; it is now '%s'", path, aside.name)
+    self._checkpointer.reload()
+
+  def _is_readable(self, step: int) -> bool:
+    try:
+      return self._checkpointer.metadata(step).metadata is not None
+    except UNREADABLE:
+      return False
 
   @property
   def latest_step(self) -> int | None:
     """Step of the newest checkpoint, None if there is none."""
     latest = self._checkpointer.latest
     return None if latest is None else latest.step
+
+  def is_due(self, step: int) -> bool:
+    """Whether `save` would save this step without being forced to."""
+    return step != self.latest_step and self._checkpointer.should_save(step)
 
   def save(
     self, step: int, state: PyTree, extra: dict[str, Any] | None = None, *, force: bool = False
@@ -56,7 +84,7 @@ class TrainCheckpointer:
     Returns:
       Whether it is saved; a step that is saved already is not saved again.
     """
-    if step == self.latest_step or not (force or self._checkpointer.should_save(step)):
+    if step == self.latest_step or not (force or self.is_due(step)):
       return False
     leaves = {dotted(name): as_array(leaf) for name, leaf in flat(state).items()}
     self._checkpointer.save_async(step, leaves, custom_metadata=extra, force=force)
@@ -70,7 +98,7 @@ class TrainCheckpointer:
         be on another mesh than the one that saved.
 
     Raises:
-      ValueError: the stored state has other leaves or shapes; names one.
+      ValueError: the stored state has other leaves or shapes (names one), or is damaged.
     """
     self.wait()
     step = self.latest_step
@@ -78,7 +106,7 @@ class TrainCheckpointer:
       return template
     wanted = {dotted(name): abstract(leaf) for name, leaf in flat(template).items()}
     self._check(step, wanted)
-    stored = self._checkpointer.load(step, wanted)
+    stored = self._load(step, wanted)
 
     def take(path: tuple[Any, ...], leaf: jax.Array) -> jax.Array:
       value = stored[dotted(path_name(path))]
@@ -94,6 +122,15 @@ class TrainCheckpointer:
     if step is None:
       return {}
     return dict(self._checkpointer.metadata(step).custom_metadata or {})
+
+  def _load(self, step: int, wanted: dict[str, jax.ShapeDtypeStruct]) -> dict[str, jax.Array]:
+    try:
+      return self._checkpointer.load(step, wanted)
+    except UNREADABLE as error:
+      raise ValueError(
+        f"checkpoint '{self.folder / str(step)}' is damaged: it cannot be read;"
+        " remove it to go on from the one before"
+      ) from error
 
   def _check(self, step: int, wanted: dict[str, jax.ShapeDtypeStruct]) -> None:
     found = self._checkpointer.metadata(step).metadata

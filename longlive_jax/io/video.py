@@ -20,7 +20,7 @@ from av.video.reformatter import ColorPrimaries, ColorRange, Colorspace, ColorTr
 from PIL import Image
 
 from longlive_jax.checks import check_at_least
-from longlive_jax.io.atomic import replacing
+from longlive_jax.io.atomic import check_writable, replacing
 
 GIF_MAX_WIDTH = 640  # wider videos are scaled down: a GIF spends about a byte a pixel
 PALETTE_FRAMES = 48  # frames the shared palette of a GIF is computed from
@@ -71,6 +71,7 @@ def writer_for(path: Path) -> Callable[[Path, Iterator[np.ndarray], Fraction, in
     raise ValueError(f"cannot write '{path}': it is a folder")
   if not suffix and path.is_file():
     raise ValueError(f"cannot write frames into '{path}': it is a file, not a folder")
+  check_writable(path)
   return writers[suffix]
 
 

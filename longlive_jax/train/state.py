@@ -38,18 +38,24 @@ class TrainState:
 
 
 def learning_rate(cfg: Train) -> optax.Schedule:
-  """Linear warm-up to `lr`, then a cosine down to `lr * final_lr_fraction` at the last step."""
-  return optax.warmup_cosine_decay_schedule(
+  """Linear warm-up to `lr`, then a cosine down to `lr * final_lr_fraction`.
+
+  Returns:
+    A function of the updates done before: update number `warmup_steps` is the first at `lr`, and
+    the last update of the run is at the final rate.
+  """
+  schedule = optax.warmup_cosine_decay_schedule(
     0.0 if cfg.warmup_steps else cfg.lr,
     cfg.lr,
     cfg.warmup_steps,
     max(cfg.steps, cfg.warmup_steps + 1),
     cfg.lr * cfg.final_lr_fraction,
   )
+  return lambda done: schedule(done + 1)
 
 
 def make_optimizer(cfg: Train) -> optax.GradientTransformation:
-  """Clipping by global norm, then AdamW."""
+  """Clipping by global norm, then AdamW on all parameters, with decay apart from the moments."""
   if cfg.beta1 == 0.0:
     moments = optax.scale_by_rms(cfg.beta2, eps=1e-8, eps_in_sqrt=False, bias_correction=True)
   else:
@@ -63,7 +69,12 @@ def make_optimizer(cfg: Train) -> optax.GradientTransformation:
 
 
 def init_state(params: PyTree, optimizer: optax.GradientTransformation) -> TrainState:
-  """State before the first step; the average starts at the parameters."""
+  """State before the first step; the average starts at the parameters.
+
+  Args:
+    params: float32, taken over: the first step that is given its state to keep frees them.
+    optimizer: from `make_optimizer`.
+  """
   copy = jax.tree.map(jnp.array, params)
   return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params), copy)
 
