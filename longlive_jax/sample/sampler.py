@@ -164,10 +164,9 @@ class Sampler:
       FloatingPointError: a block came out with numbers that are not finite.
     """
     latents = self.latent_blocks(scripts, first_index=first_index, images=images, prefix=prefix)
-    decoder = self.prepare(len(scripts)).decoder
     state, waiting = None, None
     for block in latents:
-      frames, state = decoder.decode(block, state)
+      frames, state = self.prepare(len(scripts)).decoder.decode(block, state)
       if waiting is not None:
         yield np.asarray(waiting)
       waiting = frames
@@ -212,7 +211,7 @@ class Sampler:
     texts = self._texts(run, prompts)
     for block in given:
       state = run.engine.absorb(params, state, block, texts, [False] * len(plans))
-      yield jnp.asarray(block)
+      yield jax.device_put(block, run.engine.latents.sharding)
     for entries in zip(*plans, strict=True):
       if prompts != [entry.prompt for entry in entries]:
         prompts = [entry.prompt for entry in entries]
