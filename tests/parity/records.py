@@ -14,8 +14,10 @@ class Compared:
 
   Attributes:
     name: of the recorded array.
-    error: largest absolute difference; infinite when the shapes differ, nan when one is nan.
-    atol, rtol: passed means `|ours - golden| <= atol + rtol |golden|` everywhere.
+    error: largest absolute difference, or the share of numbers that differ; infinite when the
+      shapes differ, nan when one is nan.
+    atol, rtol: passed means `|ours - golden| <= atol + rtol |golden|` everywhere; of shares, the
+      first is what is allowed.
     passed: the verdict.
     note: what else there is to say.
   """
@@ -47,6 +49,18 @@ def compare(name: str, ours: Any, golden: Any, atol: float, rtol: float) -> Comp
   error = float(difference.max()) if difference.size else 0.0
   passed = bool(np.all(difference <= atol + rtol * np.abs(golden)))
   return Compared(name, error, atol, rtol, passed)
+
+
+def compare_share(name: str, ours: Any, golden: Any, allowed: float = 0.0) -> Compared:
+  """Compares by the share of numbers that are not equal; nan equals nothing."""
+  ours, golden = np.asarray(ours), np.asarray(golden)
+  if ours.shape != golden.shape:
+    note = f"shape {ours.shape}, recorded {golden.shape}"
+    return Compared(name, math.inf, allowed, 0.0, False, note)
+  wrong = int(np.sum(ours.astype(np.float64) != golden.astype(np.float64)))
+  share = wrong / max(golden.size, 1)
+  note = f"{wrong} of {golden.size} differ" if wrong else ""
+  return Compared(name, share, allowed, 0.0, share <= allowed, note)
 
 
 def as_record(item: "Compared | Refused | Sequence[Any]") -> Compared | Refused:

@@ -101,6 +101,6 @@ def test_a_missing_array_stops_the_file_with_its_name(tmp_path):
 
 
 def test_sets_without_a_checker_are_listed_with_the_reason(tmp_path, capsys):
-  np.savez(tmp_path / "nvfp4_dev.npz", config_json="{}")
+  np.savez(tmp_path / "kvquant_dev.npz", config_json="{}")
   assert main(["--golden", str(tmp_path)]) == 0
-  assert "nvfp4_dev.npz: no checker: there is no quantiser yet" in capsys.readouterr().out
+  assert "kvquant_dev.npz: no checker: there is no quantised cache yet" in capsys.readouterr().out
