@@ -81,7 +81,7 @@ def evaluate(experiment: Experiment) -> dict[str, object]:
     clips = [draw_clip(experiment, seed) for seed in group]
     scripts = [to_script(clip, seed) for clip, seed in zip(clips, group, strict=True)]
     began = time.perf_counter()
-    frames = np.concatenate(list(pipeline.stream_batch(scripts)), 1)
+    frames = np.concatenate(list(pipeline.stream_batch(scripts, first_index=start)), 1)
     seconds += time.perf_counter() - began
     frames_made += frames.shape[0] * frames.shape[1]
     results += [shapes_score.score_clip(f, c) for f, c in zip(frames, clips, strict=True)]

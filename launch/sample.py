@@ -7,8 +7,9 @@ The script is JSON, or plain text with one prompt a line. The suffix of --out ch
 .mp4, .gif, or a folder of .png. The resolved configuration is written beside it.
 """
 
+import contextlib
 import time
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -32,7 +33,7 @@ IMAGE = flags.DEFINE_string("image", None, "image-to-video: the first frame, ins
 EXTEND = flags.DEFINE_string("extend", None, "video to go on from; it comes first in the result")
 
 
-def with_progress(frames: Iterator[np.ndarray], blocks: int) -> Iterator[np.ndarray]:
+def with_progress(frames: Iterator[np.ndarray], blocks: int) -> Generator[np.ndarray]:
   """Passes frames on and shows blocks done, frames a second, and the time left."""
   with tqdm(total=blocks, unit="block") as bar:
     started, made = time.perf_counter(), 0
@@ -81,9 +82,8 @@ def sample(experiment: Experiment, script: Script, out: Path) -> None:
     blocks += options["prefix"].shape[1] // experiment.model.block_latents
   pipeline.prepare()
   ready = time.perf_counter()
-  count = write_video(
-    out, with_progress(pipeline.stream(script, **options), blocks), experiment.video.fps
-  )
+  with contextlib.closing(with_progress(pipeline.stream(script, **options), blocks)) as frames:
+    count = write_video(out, frames, experiment.video.fps)
   seconds = time.perf_counter() - ready
   with replacing(out.with_name(out.name + ".config.json")) as part:
     part.write_text(to_json(experiment))

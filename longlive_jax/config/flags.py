@@ -31,7 +31,8 @@ flags.disclaim_key_flags()  # --config and --debug belong to the program that as
 USER_ERRORS = (ValueError, OSError, FloatingPointError, flags.Error)
 TRACEBACK_FLAGS = ("--debug", "--v=1", "--verbosity=1")
 OVERRIDE = re.compile(r"--?(?:no)?config\.([^=]+)")
-LIBRARY = Path(__file__).parent.parent
+ROOT = Path(__file__).parent.parent.parent
+OURS = (ROOT / "longlive_jax", ROOT / "launch")
 
 
 def define_config_flag() -> flags.FlagHolder[Experiment]:
@@ -98,7 +99,8 @@ def tidy_output() -> Iterator[None]:
   logger, stderr = absl_logging.get_absl_logger(), absl_logging.get_absl_handler()
 
   def is_ours(record: logging.LogRecord) -> bool:
-    return record.levelno == logging.INFO and Path(record.pathname).is_relative_to(LIBRARY)
+    path = Path(record.pathname)
+    return record.levelno == logging.INFO and any(path.is_relative_to(folder) for folder in OURS)
 
   def is_said(record: logging.LogRecord) -> bool:
     noisy = record.name == "asyncio" or "orbax" in Path(record.pathname).parts
@@ -168,14 +170,17 @@ def parse_flags(argv: list[str], default_config: str) -> list[str]:
 
 def with_config(argv: list[str], default_config: str) -> list[str]:
   """The arguments with the file of `--config` found, or with the default one put in front."""
-  for i, argument in enumerate(argv):
-    name, equals, value = argument.partition("=")
+  found, rest = [], list(argv)
+  while rest:
+    name, equals, value = rest.pop(0).partition("=")
     if name not in ("--config", "-config"):
-      continue
-    used = 1 if equals else 2
-    if not equals and len(argv) == i + 1:
+      found.append(name + equals + value)
+    elif equals or rest:
+      found.append(located(value if equals else rest.pop(0)))
+    else:
       raise ValueError("--config needs a file, such as --config=configs/tiny.py")
-    return [*argv[:i], located(value if equals else argv[i + 1]), *argv[i + used :]]
+  if any(argument.startswith("--config=") for argument in found):
+    return found
   wants_help = any(argument.startswith(("--help", "-help", "-?")) for argument in argv)
   if not default_config and not wants_help:
     raise ValueError("--config is needed, such as --config=configs/tiny.py")

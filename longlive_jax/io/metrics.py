@@ -29,7 +29,9 @@ class MetricWriter:
     if done is not None:
       drop_lines_after(folder / LINES, done)
     self._lines = (folder / LINES).open("a", encoding="utf-8")
-    self._events = SummaryWriter(str(folder), purge_step=None if done is None else done + 1)
+    again = None if done is None else done + 1  # the first step that comes again
+    name = f".{time.time_ns()}"  # two writers of the same second must not share a file
+    self._events = SummaryWriter(str(folder), purge_step=again, filename_suffix=name)
 
   def write(self, step: int, values: Mapping[str, float]) -> None:
     """Writes the values of a step; a number that is not finite becomes null in the JSON."""

@@ -144,13 +144,13 @@ def encode(container: Any, stream: Any, frames: Iterable[av.VideoFrame]) -> int:
 def write_gif(path: Path, frames: Iterator[np.ndarray], fps: Fraction, crf: int) -> int:
   """An endless GIF with one palette for the whole video.
 
-  The palette needs all frames before the first is written, so they wait in an unnamed temporary
-  file: memory stays constant.
+  The palette needs all frames before the first is written, so they wait in an unnamed file in the
+  same folder: memory stays constant.
   """
   del crf
   first, frames = with_first(frames)
   height, width = gif_size(*first.shape[:2])
-  with tempfile.TemporaryFile() as spool, replacing(path) as partial:
+  with replacing(path) as partial, tempfile.TemporaryFile(dir=path.parent) as spool:
     count = 0
     for frame in frames:
       spool.write(resized(frame, height, width).tobytes())

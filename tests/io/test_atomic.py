@@ -1,0 +1,39 @@
+"""Files that appear whole or not at all."""
+
+import errno
+import os
+
+import pytest
+
+from longlive_jax.io.atomic import check_writable, replacing
+
+
+def test_a_place_that_can_be_written_is_left_alone(tmp_path):
+  check_writable(tmp_path / "new" / "folder" / "file.txt")
+  assert not list(tmp_path.iterdir())
+
+
+def test_a_place_below_a_file_or_in_a_locked_folder_is_refused(tmp_path, monkeypatch):
+  (tmp_path / "file").write_text("")
+  with pytest.raises(NotADirectoryError, match=r"'.*/file' is not a folder: '.*/file/a/b'"):
+    check_writable(tmp_path / "file" / "a" / "b")
+  monkeypatch.setattr(os, "access", lambda path, mode: False)
+  with pytest.raises(PermissionError, match=rf"the folder '{tmp_path}' is not writable"):
+    check_writable(tmp_path / "a" / "b")
+
+
+@pytest.mark.parametrize("folder", [False, True])
+def test_an_error_names_the_file_and_not_the_temporary_one(tmp_path, folder):
+  target = tmp_path / "target"
+  with pytest.raises(OSError) as caught, replacing(target) as partial:
+    partial.mkdir() if folder else partial.write_text("half")
+    inside = str(partial / "3.png") if folder else str(partial)
+    raise OSError(errno.ENOSPC, "No space left on device", inside)
+  assert caught.value.filename == str(target / "3.png" if folder else target)
+  assert not list(tmp_path.iterdir())
+
+
+def test_an_error_without_a_file_gets_one(tmp_path):
+  with pytest.raises(OSError) as caught, replacing(tmp_path / "target"):
+    raise OSError(errno.EFBIG, "File too large")
+  assert (caught.value.errno, caught.value.filename) == (errno.EFBIG, str(tmp_path / "target"))

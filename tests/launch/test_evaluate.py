@@ -1,0 +1,75 @@
+"""`launch.evaluate`: scripts drawn by seed, scored, and compared script by script."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from longlive_jax.build import Pipeline
+from longlive_jax.config.load import load_config
+from longlive_jax.data import shapes
+from longlive_jax.data.prompts import Script, Shot
+from longlive_jax.eval.shapes_score import score_clip
+from tests.launch.tiny import TINY, Outcome
+
+SCRIPTS = ("--scripts=4", "--shots=2", "--blocks=2", "--first_seed=50")
+
+
+@pytest.fixture
+def evaluate(program, checkpoint, tmp_path):
+  """`evaluate(NAME, *arguments)` writes the scores to NAME."""
+
+  def run(name: str, *arguments: str) -> Outcome:
+    weights, out = f"--config.io.checkpoint={checkpoint}", f"--out={tmp_path / name}"
+    return program("evaluate", *TINY, weights, *SCRIPTS, out, *arguments)
+
+  return run
+
+
+@pytest.fixture
+def report(evaluate, tmp_path) -> dict:
+  done = evaluate("scores/a.json")
+  assert done.code == 0, done.stderr
+  found = json.loads((tmp_path / "scores/a.json").read_text())
+  for name, value in found["score"].items():
+    assert f"{name} {value}" in done.stdout.splitlines()
+  return found
+
+
+def test_the_report_says_what_was_scored(report):
+  assert report["flags"] == {"scripts": 4, "first_seed": 50, "shots": 2, "blocks": 2}
+  assert report["score"]["shots"] == 8
+  assert 0 <= report["score"]["score"] <= 1
+  assert report["config"]["model"]["width"] == 24
+  assert report["frames_per_second"] > 0
+  assert len(report["results"]) == 4
+
+
+def test_scores_are_those_of_the_scripts_videos(report, checkpoint):
+  """Script 3 by hand: its captions, its seed, its place in the batch."""
+  experiment = load_config(Path(checkpoint) / "config.json")
+  frames = shapes.shot_frames([2, 2], experiment.model.block_latents)
+  clip = shapes.sample_clip(np.random.default_rng(52), frames, experiment.video)
+  script = Script(tuple(Shot(shot.caption(), 2) for shot in clip.shots), seed=52)
+  video = np.concatenate(list(Pipeline.from_checkpoint(checkpoint).stream(script, first_index=2)))
+  assert json.loads(json.dumps(score_clip(video, clip))) == report["results"][2]
+
+
+def test_scripts_in_batches_score_the_same(report, evaluate, tmp_path):
+  assert evaluate("b.json", "--batch=2").code == 0
+  assert json.loads((tmp_path / "b.json").read_text())["results"] == report["results"]
+
+
+def test_a_difference_is_paired(report, evaluate, tmp_path):
+  other = tmp_path / "scores/a.json"
+  changed = json.loads(other.read_text())
+  for result in changed["results"]:
+    result["score"] = [value - 0.25 for value in result["score"]]
+  (tmp_path / "worse.json").write_text(json.dumps(changed))
+  done = evaluate("c.json", f"--against={tmp_path / 'worse.json'}")
+  assert done.code == 0, done.stderr
+  found = json.loads((tmp_path / "c.json").read_text())
+  assert found["difference"]["score"] == pytest.approx(0.25)
+  assert found["difference"]["score_error"] == pytest.approx(0.0, abs=1e-9)
+  assert found["difference"]["colour"] == 0.0

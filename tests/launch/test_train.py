@@ -1,0 +1,131 @@
+"""The two stages one after the other, as programs; their result serves everything else."""
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from PIL import Image
+
+from longlive_jax.build import Pipeline
+from longlive_jax.config.load import load_config
+from longlive_jax.data.prompts import Script
+from longlive_jax.io.checkpoint import read_metadata
+from longlive_jax.io.leaves import flat
+from longlive_jax.io.metrics import read_metrics
+from tests.launch.tiny import SIZES, TINY, Outcome, Program
+
+VAE = ("--config=configs/tiny.py:vae", *SIZES)
+STEPS = 3
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+  return tmp_path_factory.mktemp("trained")
+
+
+def train(program: Program, folder: Path, stage: str, *arguments: str) -> Outcome:
+  """Trains a stage for a few steps; "ar" goes on from the result of "vae"."""
+  base = VAE if stage == "vae" else (*TINY, f"--config.io.checkpoint={folder}/vae/params")
+  steps = f"--config.train.steps={STEPS}"
+  return program("train", *base, steps, f"--workdir={folder / stage}", *arguments)
+
+
+@pytest.fixture
+def trained(program: Program, folder: Path) -> Path:
+  """The weights of both stages."""
+  for stage in ("vae", "ar"):
+    if not (folder / stage).is_dir():
+      done = train(program, folder, stage)
+      assert done.code == 0, done.stderr
+      assert f"{folder / stage / 'params'}: weights after {STEPS} steps" in done.stdout
+      assert done.stderr == ""
+  return folder / "ar" / "params"
+
+
+def test_a_stage_leaves_weights_metrics_and_a_checkpoint_of_its_last_step(trained, folder):
+  for stage, loss in (("vae", "psnr"), ("ar", "loss")):
+    lines = read_metrics(folder / stage)
+    assert [line["step"] for line in lines] == [1, 2, 3]
+    assert all(np.isfinite(line[loss]) for line in lines)
+    assert [p.name for p in (folder / stage / "checkpoints").iterdir()] == [str(STEPS)]
+    assert read_metadata(folder / stage / "params") == {"stage": stage, "steps": STEPS}
+    config = load_config(folder / stage / "config.json")
+    assert config == load_config(folder / stage / "params" / "config.json")
+    assert (config.train.stage, config.train.steps, config.model.width) == (stage, STEPS, 24)
+
+
+def weights(folder: Path) -> dict[str, jax.Array]:
+  return flat(Pipeline.from_checkpoint(folder).models.params)
+
+
+def test_a_stage_changes_its_own_network_only(trained, folder):
+  before, after = weights(folder / "vae" / "params"), weights(trained)
+  changed = {n for n in before if not np.array_equal(before[n], after[n])}
+  assert changed and {name.partition("/")[0] for name in changed} == {"dit"}
+  assert all(np.isfinite(value).all() for value in after.values())
+  assert np.asarray(after["vae/latent_std"]).min() > 0
+
+
+def test_the_result_makes_videos(trained, program, tmp_path):
+  script, out = tmp_path / "script.json", tmp_path / "frames"
+  script.write_text(json.dumps({"seed": 3, "shots": [{"prompt": "a", "blocks": 2}]}))
+  done = program(
+    "sample", *TINY, f"--config.io.checkpoint={trained}", f"--script={script}", f"--out={out}"
+  )
+  assert done.code == 0, done.stderr
+  frames = Pipeline.from_checkpoint(trained).generate(Script.of("a", blocks=2, seed=3))
+  assert frames.shape == (13, 32, 32, 3)
+  for number, frame in enumerate(frames):
+    np.testing.assert_array_equal(np.asarray(Image.open(out / f"{number:05d}.png")), frame)
+
+
+def test_a_finished_run_says_so(trained, program, folder):
+  result = folder / "ar" / "params"
+  before = {path: path.stat().st_mtime_ns for path in result.rglob("*")}
+  done = train(program, folder, "ar")
+  assert (done.code, done.stderr) == (0, "")
+  assert f"nothing to do: {STEPS} steps are done, train.steps={STEPS}" in done.stdout
+  assert {path: path.stat().st_mtime_ns for path in result.rglob("*")} == before
+
+
+def test_a_result_that_is_missing_is_made_from_the_last_checkpoint(trained, program, folder):
+  before = weights(trained)
+  trained.rename(folder / "aside")
+  done = train(program, folder, "ar")
+  assert done.code == 0, done.stderr
+  assert "nothing to do" in done.stdout
+  jax.tree.map(np.testing.assert_array_equal, weights(trained), before)
+
+
+def test_another_configuration_in_the_same_workdir(trained, program, folder):
+  done = train(program, folder, "ar", "--config.model.width=48")
+  assert done.code == 2
+  assert "model.width=24, not 48" in done.stderr and done.stderr.count("\n") == 1
+  assert load_config(folder / "ar" / "config.json").model.width == 24
+
+
+def test_a_killed_training_ends_as_if_nothing_had_been(trained, program, folder, tmp_path):
+  steps, every = "--config.train.steps=120", "--config.io.checkpoint_every_steps=25"
+  arguments = (*TINY, f"--config.io.checkpoint={folder}/vae/params", steps, every)
+  whole, cut = tmp_path / "whole", tmp_path / "cut"
+  assert program("train", *arguments, f"--workdir={whole}").code == 0
+  command = [sys.executable, "-m", "launch.train", *arguments, f"--workdir={cut}"]
+  child = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+  lines = cut / "metrics.jsonl"
+  while child.poll() is None and (not lines.exists() or lines.read_text().count("\n") < 60):
+    time.sleep(0.005)
+  child.kill()
+  assert child.communicate()[1] == ""
+  assert child.returncode == -signal.SIGKILL
+  assert not (cut / "params").exists()
+  assert program("train", *arguments, f"--workdir={cut}").code == 0
+  loss = [[(line["step"], line["loss"]) for line in read_metrics(f)] for f in (cut, whole)]
+  assert loss[0] == loss[1]
+  assert [step for step, _ in loss[0]] == list(range(1, 121))
+  jax.tree.map(np.testing.assert_array_equal, weights(cut / "params"), weights(whole / "params"))
