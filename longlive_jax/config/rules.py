@@ -5,11 +5,12 @@ cannot work is refused before any array exists.
 """
 
 import math
+import re
 import types
 import typing
 
 from longlive_jax.checks import check_at_least, check_choice, check_divides
-from longlive_jax.config.schema import Experiment, Model, Sample, Text, Vae
+from longlive_jax.config.schema import Experiment, Model, Quant, Sample, Text, Vae
 from longlive_jax.config.walk import settings
 
 DTYPES = ("float32", "bfloat16")
@@ -17,6 +18,10 @@ ATTENTIONS = ("auto", "cudnn", "jnp")
 SOLVERS = ("unipc", "dpmpp", "euler")
 STAGES = ("vae", "ar")
 REMATS = ("none", "dots", "full")
+PRECISIONS = ("none", "nvfp4")
+SCALE_RULES = ("static_6", "static_4", "mse", "mae", "abs_max")
+WEIGHT_BLOCKS = ("1x16", "16x16")
+ROUNDINGS = ("stochastic", "nearest")
 VAE_SPACE, VAE_TIME = 16, 4  # pixels a latent, frames a latent
 
 # A whole number must be at least 1 and any other number at least 0, unless listed here.
@@ -41,6 +46,7 @@ def check(experiment: Experiment) -> None:
   unit = VAE_SPACE * experiment.model.patch
   check_divides("video.height", experiment.video.height, "16 * model.patch", unit)
   check_divides("video.width", experiment.video.width, "16 * model.patch", unit)
+  check_quant(experiment.quant)
   check_sample(experiment.sample, experiment.model.block_latents)
   check_training(experiment)
 
@@ -143,6 +149,22 @@ def check_vae(vae: Vae) -> None:
       f"model.vae.temporal_downsample={vae.temporal_downsample} must have {stages - 1} entries,"
       " two of them True: latents are 4 times fewer than frames"
     )
+
+
+def check_quant(quant: Quant) -> None:
+  """Precision of the linear layers."""
+  check_choice("quant.linears", quant.linears, PRECISIONS)
+  for name in ("weights", "activations", "gradients"):
+    check_choice(f"quant.{name}", getattr(quant, name), SCALE_RULES)
+  check_choice("quant.weight_blocks", quant.weight_blocks, WEIGHT_BLOCKS)
+  check_choice("quant.gradient_rounding", quant.gradient_rounding, ROUNDINGS)
+  for pattern in quant.layers:
+    try:
+      re.compile(pattern)
+    except re.error as error:
+      raise ValueError(
+        f"quant.layers has {pattern!r}, which is no regular expression: {error}"
+      ) from error
 
 
 def check_sample(sample: Sample, block: int) -> None:

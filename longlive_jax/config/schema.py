@@ -99,6 +99,24 @@ class Video(Section):
 
 
 @dataclasses.dataclass(unsafe_hash=True)
+class Quant(Section):
+  """Low precision of the transformer's linear layers and of its cache."""
+
+  linears: str = "none"  # none | nvfp4
+  layers: tuple[
+    str, ...
+  ] = (  # regular expressions of whole paths; a path is quantised by the first
+    "layers/(self_attn|cross_attn)/(q|k|v|o)",
+    "layers/ffn/(up|down)",
+  )
+  weights: str = "mse"  # scale rules: static_6 | static_4 | mse | mae | abs_max
+  activations: str = "mse"
+  gradients: str = "mse"
+  weight_blocks: str = "1x16"  # 1x16 | 16x16: fprop and dgrad then see the same weight
+  gradient_rounding: str = "stochastic"  # stochastic | nearest
+
+
+@dataclasses.dataclass(unsafe_hash=True)
 class Sample(Section):
   """The autoregressive sampler."""
 
@@ -170,6 +188,7 @@ class Experiment(Section):
   name: str = "wan5b"
   model: Model = dataclasses.field(default_factory=Model)
   video: Video = dataclasses.field(default_factory=Video)
+  quant: Quant = dataclasses.field(default_factory=Quant)
   sample: Sample = dataclasses.field(default_factory=Sample)
   data: Data = dataclasses.field(default_factory=Data)
   train: Train = dataclasses.field(default_factory=Train)

@@ -14,6 +14,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 from jax.tree_util import register_dataclass
 
 from longlive_jax.config import Model
@@ -30,11 +31,12 @@ from longlive_jax.model.layers import (
   xavier,
 )
 from longlive_jax.model.module import Network, declare, stack_layers
-from longlive_jax.model.ops import REFERENCE, Ops, Plan
+from longlive_jax.model.ops import ATTENDED, PACKED, PRODUCT, REFERENCE, Ops, Plan
 from longlive_jax.types import Array
 
 # What a layer keeps for its backward pass.
-REMAT = {"dots": jax.checkpoint_policies.dots_saveable, "full": None}
+KEPT = jax.checkpoint_policies.save_only_these_names(PRODUCT, ATTENDED, PACKED)
+REMAT = {"dots": KEPT, "full": None}
 
 small_normal = jax.nn.initializers.normal(0.02)
 
@@ -121,9 +123,11 @@ class Layer(nnx.Module):
     y = ops.norm(x.reshape(grouped), m[1], m[0], self.eps).reshape(x.shape)
     k, v = self.self_attn.keys_values(y, ops)
     out, cache = ops.attend(self.self_attn.queries(y, ops), k, v, cache, layer, plan)
+    out = checkpoint_name(out, ATTENDED)
     x = add(x, self.self_attn.o(out.reshape(x.shape), ops), m[2])
     q = self.cross_attn.queries(self.cross_norm(x), ops)
     out, _ = ops.attend(q, *text, None, layer, Cross(pieces))
+    out = checkpoint_name(out, ATTENDED)
     x = x + self.cross_attn.o(out.reshape(x.shape), ops)
     y = ops.norm(x.reshape(grouped), m[4], m[3], self.eps).reshape(x.shape)
     return add(x, self.ffn.down(gelu(self.ffn.up(y, ops)), ops), m[5]), cache
@@ -183,10 +187,11 @@ class DiT(nnx.Module):
     x = self.text_embed.down(gelu(self.text_embed.up(x, ops)), ops)
     graph, state = nnx.split(self.layers)
 
-    def one(_: None, params: Any) -> tuple[None, tuple[Array, Array]]:
-      return None, nnx.merge(graph, params).cross_attn.keys_values(x, ops)
+    def one(_: None, inputs: Any) -> tuple[None, tuple[Array, Array]]:
+      index, params = inputs
+      return None, nnx.merge(graph, params).cross_attn.keys_values(x, ops.in_layer(index))
 
-    return TextKV(*jax.lax.scan(one, None, state)[1])
+    return TextKV(*jax.lax.scan(one, None, (jnp.arange(self.cfg.layers), state))[1])
 
   def __call__(
     self,
@@ -215,7 +220,8 @@ class DiT(nnx.Module):
       context_timesteps: `[B, F]`; default 0.
       pieces: prompts a sample; each half of the tokens is cut into as many equal runs.
       head: False stops after the layers (a pass that only fills the cache).
-      remat: what the backward pass recomputes: none | dots (all but matrix products) | full.
+      remat: what the backward pass recomputes: none | dots (all but products
+        and attention) | full.
       ops: matmul, attend, norm.
 
     Returns:
@@ -256,7 +262,8 @@ class DiT(nnx.Module):
       index, params, text_k, text_v = inputs
       layer = nnx.merge(graph, params)
       x, cache = carry
-      return layer(x, conditions, (text_k, text_v), plan, cache, index, ops, pieces), None
+      here = ops.in_layer(index)
+      return layer(x, conditions, (text_k, text_v), plan, cache, index, here, pieces), None
 
     if remat != "none":
       body = jax.checkpoint(body, prevent_cse=False, policy=REMAT[remat])

@@ -27,7 +27,8 @@ class Linear(nnx.Module):
     self.path = path
 
   def __call__(self, x: Array, ops: Ops) -> Array:
-    return ops.matmul(x, self.kernel[...], self.bias[...], path=self.path, key=None)
+    kernel = self.kernel.get_value()  # an array, or a quantised one
+    return ops.matmul(x, kernel, self.bias[...], path=self.path, key=ops.key_of(self.path))
 
 
 class RmsNorm(nnx.Module):

@@ -5,13 +5,18 @@ here are the plain references: everything faster must have the same signature.
 """
 
 import dataclasses
+import zlib
 from collections.abc import Callable
 from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 from longlive_jax.types import Array
+
+# names by which rematerialisation policies know what a layer computes
+PRODUCT, ATTENDED, PACKED = "product", "attended", "packed_input"
 
 
 class Matmul(Protocol):
@@ -40,6 +45,25 @@ Attend = Callable[[Array, Array, Array, Any, Array | int, Plan], tuple[Array, An
 Norm = Callable[[Array, Array, Array, float], Array]
 
 
+def contract(a: Array, b: Array, axes: tuple[int, int]) -> Array:
+  """float32 sum of products over one axis of each operand; the other axes of a, then those of b.
+
+  Operands enter as they are. A CPU widens them first: that changes nothing, for float32 holds the
+  product of two bfloat16 numbers, and its own bfloat16 product lacks some shapes.
+  """
+  dimensions = (((axes[0],), (axes[1],)), ((), ()))
+
+  def narrow(a: Array, b: Array) -> Array:
+    return jax.lax.dot_general(a, b, dimensions, preferred_element_type=jnp.float32)
+
+  def wide(a: Array, b: Array) -> Array:
+    return narrow(a.astype(jnp.float32), b.astype(jnp.float32))
+
+  if a.dtype == b.dtype == jnp.float32:
+    return narrow(a, b)
+  return jax.lax.platform_dependent(a, b, cpu=wide, default=narrow)
+
+
 @jax.custom_vjp
 def product(x: Array, w: Array) -> Array:
   """`x [..., in] @ w [in, out]` with operands in x's dtype and a float32 result.
@@ -47,7 +71,7 @@ def product(x: Array, w: Array) -> Array:
   Its three products (fprop, dgrad, wgrad) all take operands in x's dtype: derived automatically,
   dgrad and wgrad would multiply a float32 cotangent, at a fraction of the speed.
   """
-  return jnp.dot(x, w.astype(x.dtype), preferred_element_type=jnp.float32)
+  return contract(x, w.astype(x.dtype), (x.ndim - 1, 0))
 
 
 def _fprop(x: Array, w: Array) -> tuple[Array, tuple[Array, Array]]:
@@ -57,10 +81,9 @@ def _fprop(x: Array, w: Array) -> tuple[Array, tuple[Array, Array]]:
 def _dgrad_wgrad(saved: tuple[Array, Array], g: Array) -> tuple[Array, Array]:
   x, w = saved
   narrow = g.astype(x.dtype)
-  dx = jnp.dot(narrow, w.astype(x.dtype).T, preferred_element_type=jnp.float32)
+  dx = contract(narrow, w.astype(x.dtype), (g.ndim - 1, 1))
   rows, columns = x.reshape(-1, x.shape[-1]), narrow.reshape(-1, g.shape[-1])
-  dw = jnp.dot(rows.T, columns, preferred_element_type=jnp.float32)
-  return dx.astype(x.dtype), dw.astype(w.dtype)
+  return dx.astype(x.dtype), contract(rows, columns, (0, 0)).astype(w.dtype)
 
 
 product.defvjp(_fprop, _dgrad_wgrad)
@@ -70,7 +93,7 @@ def plain_matmul(x: Array, w: Array, bias: Array | None, *, path: str, key: Arra
   """Matrix product in x's dtype with float32 accumulation; path and key are not used."""
   del path, key
   y = product(x, w)
-  return (y if bias is None else y + bias).astype(x.dtype)
+  return checkpoint_name((y if bias is None else y + bias).astype(x.dtype), PRODUCT)
 
 
 def dense_attention(q: Array, k: Array, v: Array, lengths: Array | None = None) -> Array:
@@ -139,11 +162,30 @@ def modulated_norm(x: Array, scale: Array, shift: Array, eps: float) -> Array:
 
 @dataclasses.dataclass(frozen=True)
 class Ops:
-  """How the network multiplies, attends and normalises."""
+  """How the network multiplies, attends and normalises.
+
+  Attributes:
+    matmul, attend, norm: the functions.
+    key: of whatever they draw in this step, such as the noise of stochastic rounding; None = they
+      draw nothing.
+  """
 
   matmul: Matmul = plain_matmul
   attend: Attend = plain_attend
   norm: Norm = modulated_norm
+  key: Array | None = None
+
+  def with_key(self, key: Array | None) -> "Ops":
+    """The same with a key."""
+    return dataclasses.replace(self, key=key)
+
+  def in_layer(self, index: Array | int) -> "Ops":
+    """The same with the key of one of the stacked layers."""
+    return self if self.key is None else self.with_key(jax.random.fold_in(self.key, index))
+
+  def key_of(self, path: str) -> Array | None:
+    """The key of the layer at a path."""
+    return None if self.key is None else jax.random.fold_in(self.key, zlib.crc32(path.encode()))
 
 
 REFERENCE = Ops()

@@ -13,7 +13,6 @@ from longlive_jax.checks import check_divides
 from longlive_jax.types import Array
 
 BLOCK = 16  # elements that share a scale
-E2M1_VALUES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 E2M1_MAX = 6.0
 E4M3_MAX = 448.0
 E4M3_TINY = 2.0**-6  # smallest normal number

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from longlive_jax.checks import check_divides
+from longlive_jax.model.ops import contract
 from longlive_jax.quant.formats import BLOCK, E2M1_MAX
 from longlive_jax.types import Array
 
@@ -89,5 +90,5 @@ def rotate(x: Array) -> Array:
   blocks = x.reshape(*x.shape[:-1], -1, BLOCK)
   blocks = jax.lax.reduce_precision(blocks.astype(jnp.float32), 8, 7).astype(jnp.bfloat16)
   matrix = jnp.asarray(hadamard_matrix(), jnp.bfloat16)
-  y = jnp.dot(blocks, matrix, preferred_element_type=jnp.float32)
+  y = contract(blocks, matrix, (blocks.ndim - 1, 0))
   return jax.lax.reduce_precision(y, 8, 7).astype(jnp.bfloat16).reshape(x.shape)

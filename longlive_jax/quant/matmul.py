@@ -1,0 +1,190 @@
+"""Matrix products with NVFP4 operands, and their gradients.
+
+    fprop   y  = Q(x) Q(w)                  along in
+    dgrad   dx = Q(g) Q(w^T)                along out
+    wgrad   dw = Q(H x~)^T Q(H g)           along tokens; H Hadamard, x~ the quantised x
+
+An operand is `q * s` in bfloat16, which holds it exactly; products are summed in float32 and
+multiplied by both `amax / C` at the end, so that on any hardware the result is that of an FP4 unit
+up to the order of the sum. Each operand has its own recipe, or stays in bfloat16.
+
+What is kept for the backward pass is the packed x, 0.5625 bytes an element, not x. It has the name
+`PACKED` for rematerialisation policies.
+
+Source: spec/nvfp4.md sections 5 and 6.
+"""
+
+import dataclasses
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+
+from longlive_jax.model.ops import PACKED, PRODUCT, contract
+from longlive_jax.quant.nvfp4 import Spec, dequantise, quantise, scale_free, unit_of
+from longlive_jax.quant.qtensor import QTensor
+from longlive_jax.types import Array
+
+
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+  """How each operand of the three products is quantised; None leaves it in bfloat16.
+
+  Attributes:
+    x: input of fprop; what is packed for wgrad.
+    w: weight of fprop and, along its other axis, of dgrad.
+    g: output gradient of dgrad.
+    x_wgrad: input of wgrad, quantised a second time along tokens.
+    g_wgrad: output gradient of wgrad, along tokens.
+
+  Raises:
+    ValueError: one operand of wgrad is turned by the Hadamard transform and the other is not.
+  """
+
+  x: Spec | None = None
+  w: Spec | None = None
+  g: Spec | None = None
+  x_wgrad: Spec | None = None
+  g_wgrad: Spec | None = None
+
+  def __post_init__(self) -> None:
+    turned = [spec is not None and spec.hadamard for spec in (self.x_wgrad, self.g_wgrad)]
+    if turned[0] != turned[1]:
+      raise ValueError("both operands of wgrad must be turned by the Hadamard transform, or none")
+
+  @property
+  def needs_key(self) -> bool:
+    """Whether a gradient is rounded stochastically."""
+    return any(spec is not None and spec.stochastic for spec in (self.g, self.g_wgrad))
+
+
+def nvfp4_recipe(
+  weights: str = "mse",
+  activations: str = "mse",
+  gradients: str = "mse",
+  *,
+  square_weights: bool = False,
+  stochastic: bool = True,
+  exact: bool = False,
+) -> Recipe:
+  """The recipe of the original.
+
+  Args:
+    weights: scale rule of the weights; "" leaves them in bfloat16.
+    activations: scale rule of the inputs, in fprop and in wgrad; or "".
+    gradients: scale rule of the output gradients; or "".
+    square_weights: 16x16 blocks, so that fprop and dgrad see the same weight (training).
+    stochastic: round gradients stochastically.
+    exact: quantise weights to the bit.
+  """
+
+  def spec(rule: str, **more: bool) -> Spec | None:
+    return Spec(rule, **more) if rule else None
+
+  turn = bool(activations and gradients)
+  return Recipe(
+    x=spec(activations),
+    w=spec(weights, two_d=square_weights, exact=exact),
+    g=spec(gradients, stochastic=stochastic),
+    x_wgrad=spec(activations, hadamard=turn),
+    g_wgrad=spec(gradients, hadamard=turn, stochastic=stochastic),
+  )
+
+
+class Operand(NamedTuple):
+  """`values * unit`: bfloat16 `[M, K]`, the axis of the product last, and a float32 scalar."""
+
+  values: Array
+  unit: Array | float
+
+
+def operand(x: Array, spec: Spec | None, key: Array | None = None, flip: bool = False) -> Operand:
+  """Quantises a matrix, or its transpose with `flip`, along the last axis of the result."""
+  if spec is None:
+    return Operand((x.T if flip else x).astype(jnp.bfloat16), 1.0)
+  return from_packed(quantise(x, dataclasses.replace(spec, transpose=flip), key=key))
+
+
+def from_packed(q: QTensor) -> Operand:
+  """The operand of a quantised matrix."""
+  return Operand(scale_free(q), unit_of(q))
+
+
+def product(a: Operand, b: Operand) -> Array:
+  """float32 `[M, N]` of `a [M, K]` and `b [N, K]`."""
+  return contract(a.values, b.values, (1, 1)) * (a.unit * b.unit)
+
+
+def weight_operand(w: Array | QTensor, spec: Spec | None) -> Operand:
+  """`[out, in]` for fprop of a weight `[in, out]`, or of one that is quantised as `[out, in]`."""
+  return from_packed(w) if isinstance(w, QTensor) else operand(w, spec, flip=True)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def quantised_product(
+  recipe: Recipe, x: Array, w: Array | QTensor, key: Array | None = None
+) -> Array:
+  """`x @ w` with quantised operands.
+
+  Args:
+    recipe: how operands are quantised.
+    x: `[T, in]`, taken as bfloat16.
+    w: `[in, out]`; or a QTensor `[out, in]`, which is not trained and gets no gradient.
+    key: for stochastic rounding of gradients.
+
+  Returns:
+    float32 `[T, out]`.
+
+  Numerics: one amax for all of x: what else is in a batch moves results by the quantisation error.
+  """
+  del key
+  return product(operand(x, recipe.x), weight_operand(w, recipe.w))
+
+
+Saved = tuple[Array | QTensor | None, Array | QTensor, Array | None, jax.Array]
+
+
+def _fprop(recipe: Recipe, x: Array, w: Array | QTensor, key: Array | None) -> tuple[Array, Saved]:
+  packed: Array | QTensor = x.astype(jnp.bfloat16)
+  if recipe.x is not None:
+    packed = jax.tree.map(lambda a: checkpoint_name(a, PACKED), quantise(x, recipe.x))
+  left = from_packed(packed) if isinstance(packed, QTensor) else Operand(packed, 1.0)
+  trained = None if isinstance(w, QTensor) else packed
+  return product(left, weight_operand(w, recipe.w)), (trained, w, key, jnp.zeros((), x.dtype))
+
+
+def _dgrad_wgrad(recipe: Recipe, saved: Saved, g: Array) -> tuple[Array, Array | None, None]:
+  packed, w, key, like = saved
+  if recipe.needs_key and key is None:
+    raise ValueError("quant.gradient_rounding=stochastic needs a key in the training step")
+  keys = (None, None) if key is None else tuple(jax.random.split(key))
+  g = g.astype(jnp.bfloat16)
+  frozen = isinstance(w, QTensor)
+  right = Operand(scale_free(w).T, unit_of(w)) if frozen else operand(w, recipe.w)
+  dx = product(operand(g, recipe.g, keys[0]), right).astype(like.dtype)
+  if packed is None or frozen:
+    return dx, None, None
+  x = dequantise(packed, jnp.bfloat16) if isinstance(packed, QTensor) else packed
+  left = operand(x, recipe.x_wgrad, flip=True)
+  dw = product(left, operand(g, recipe.g_wgrad, keys[1], flip=True))
+  return dx, dw.astype(w.dtype), None
+
+
+quantised_product.defvjp(_fprop, _dgrad_wgrad)
+
+
+def quantise_weight(w: Array, spec: Spec) -> QTensor:
+  """A weight `[..., in, out]` as QTensor `[..., out, in]`; leading axes have an amax each."""
+  return quantise(w, dataclasses.replace(spec, transpose=True, lead=w.ndim - 2))
+
+
+def quantised_matmul(
+  recipe: Recipe, x: Array, w: Array | QTensor, bias: Array | None, key: Array | None
+) -> Array:
+  """`x [..., in] @ w + bias` in x's dtype; the sum is float32 until then."""
+  rows = x.reshape(-1, x.shape[-1])
+  y = quantised_product(recipe, rows, w, key)
+  y = y if bias is None else y + bias
+  return checkpoint_name(y.astype(x.dtype), PRODUCT).reshape(*x.shape[:-1], -1)
