@@ -1,9 +1,9 @@
 """Special values and sums as the other implementations treat them: spec/nvfp4.md 1.7 and 2.3."""
 
+import jax
 import jax.numpy as jnp
 
 from longlive_jax.quant.formats import E2M1_MAX, SIGN, e2m1_encode
-from longlive_jax.quant.ieee import square
 from longlive_jax.quant.semantics import Semantics
 from longlive_jax.types import Array
 
@@ -28,7 +28,8 @@ def in_lanes(residual: Array, error: str) -> Array:
   magnitude = jnp.abs(residual)
   if error == "largest":
     return jnp.max(magnitude, (-3, -1), keepdims=True)
-  each = square(residual) if error == "square" else magnitude
+  squared = jax.lax.optimization_barrier(residual * residual)  # or it is fused into the sum
+  each = squared if error == "square" else magnitude
   each = jnp.swapaxes(each, -3, -2)  # [..., J, R, 16]: a block is contiguous
   vectors = each.reshape(*each.shape[:-2], -1, LANES)
   if vectors.shape[-2] == 2:
