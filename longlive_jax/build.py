@@ -1,7 +1,6 @@
 """From an experiment to something that runs: the single place that sees every layer."""
 
 import dataclasses
-import json
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +9,9 @@ import jax.numpy as jnp
 from absl import logging
 
 from longlive_jax.config import Experiment
-from longlive_jax.config.load import from_flags, from_json
+from longlive_jax.config.load import load_config, read_saved
 from longlive_jax.config.walk import differences
-from longlive_jax.io.checkpoint import MismatchError, load_params, read_config
+from longlive_jax.io.checkpoint import MismatchError, load_params
 from longlive_jax.io.leaves import path_name
 from longlive_jax.model.dit import declare_dit
 from longlive_jax.model.module import Network
@@ -110,15 +109,10 @@ def load_networks(
   try:
     return load_params(folder, abstract)
   except MismatchError as error:
-    saved = saved_experiment(folder).model
+    saved = read_saved(folder / "config.json").model
     found = differences(saved, experiment.model)
     names = [f"model.{name}={there!r} there, {here!r} here" for name, there, here in found]
     raise ValueError(f"io.checkpoint='{folder}': {'; '.join([str(error), *names])}") from error
-
-
-def saved_experiment(folder: Path) -> Experiment:
-  """The configuration that a checkpoint was saved with, not yet checked or sealed."""
-  return from_json(json.dumps(read_config(folder)))
 
 
 def cast_params(params: PyTree, dtype: str) -> PyTree:
@@ -176,7 +170,4 @@ class Pipeline(Sampler):
   @classmethod
   def from_checkpoint(cls, folder: str | Path) -> "Pipeline":
     """Loads weights together with the configuration that was saved beside them."""
-    path = find_checkpoint(str(folder))
-    experiment = saved_experiment(path)
-    experiment.io.checkpoint = str(path)
-    return cls.from_config(from_flags(experiment))
+    return cls.from_config(load_config(find_checkpoint(str(folder)) / "config.json"))

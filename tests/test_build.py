@@ -117,7 +117,7 @@ def test_a_pipeline_from_a_checkpoint_brings_its_configuration(root, tmp_path, p
 @pytest.mark.parametrize(
   ("text", "line"),
   [
-    ("{", r"config.json' is damaged: it is not JSON"),
+    ("{", r"config.json': the configuration is not JSON"),
     ('{"model": {"widht": 3}}', r"unknown setting 'model.widht' \(did you mean 'width'\?\)"),
     ('{"model": {"width": 25}}', "model.width=25 must be"),
   ],

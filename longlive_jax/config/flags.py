@@ -56,16 +56,23 @@ def config_file(path: str) -> Path:
 
   Raises:
     FileNotFoundError: there is neither; suggests the nearest name.
+    ValueError: it is neither Python nor JSON.
   """
-  if Path(path).is_file():
-    return Path(path)
   spec = importlib.util.find_spec("configs")
   folders = [Path(folder) for folder in (spec.submodule_search_locations or ())] if spec else []
-  for folder in folders:
-    if (folder.parent / path).is_file():
-      return folder.parent / path
+  for file in (Path(path), *(folder.parent / path for folder in folders)):
+    if file.is_file() and file.suffix not in (".py", ".json"):
+      raise ValueError(f"configuration '{path}' must be a .py or .json file")
+    if file.is_file():
+      return file
   known = [f"configs/{file.name}" for folder in folders for file in folder.glob("[a-z]*.py")]
   raise FileNotFoundError(f"configuration file '{path}' does not exist{suggest(path, known)}")
+
+
+def check_no_variant(path: str, variant: str) -> None:
+  """Raises ValueError if a variant is asked of a JSON file."""
+  if variant:
+    raise ValueError(f"configuration '{path}' has no variants, so no '{variant}'")
 
 
 def run_main(main: Callable[[list[str]], object], *, default_config: str = "") -> None:
@@ -141,9 +148,8 @@ def one_line_errors[T](run: Callable[[], T]) -> T:
 
 def describe(error: BaseException) -> str:
   """One line that tells what was wrong."""
-  if isinstance(error, flags.Error) and "\n" in str(error):  # it quotes a traceback
-    while error.__context__ is not None:
-      error = error.__context__
+  while "\n" in str(error).strip() and error.__context__ is not None:  # it quotes a traceback
+    error = error.__context__
   if isinstance(error, OSError) and error.strerror and error.filename:
     return f"{error.filename}: {error.strerror}"
   return " ".join(str(error).split()) or type(error).__name__
@@ -162,7 +168,10 @@ def parse_flags(argv: list[str], default_config: str) -> list[str]:
     for argument in argv:
       if match := OVERRIDE.match(argument):
         check_setting_name(match[1])
-  rest = flags.FLAGS(argv)
+  try:
+    rest = flags.FLAGS(argv)
+  except (AttributeError, SyntaxError) as error:  # of the code in a configuration file
+    raise ValueError(f"the configuration cannot be loaded: {error}") from error
   if len(rest) > 1:
     raise ValueError(f"unexpected argument '{rest[1]}'; flags are written --name=value")
   return rest
@@ -189,6 +198,10 @@ def with_config(argv: list[str], default_config: str) -> list[str]:
 
 
 def located(value: str) -> str:
-  """`--config=...` with the path that exists."""
+  """`--config=...` with the path that exists; JSON is read by a file of its own."""
   path, colon, variant = value.partition(":")
-  return f"--config={config_file(path)}{colon}{variant}"
+  file = config_file(path)
+  if file.suffix == ".json":
+    check_no_variant(path, variant)
+    return f"--config={Path(__file__).with_name('saved.py')}:{file}"
+  return f"--config={file}{colon}{variant}"

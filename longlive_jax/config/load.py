@@ -3,7 +3,7 @@
     --config=configs/tiny.py:i2v --config.train.lr=1e-4
 
 A file defines `get_config(variant="") -> Experiment`. What a run used is written beside what it
-made with `to_json`, and `from_json` reads it back.
+made with `to_json`; that file is a configuration like any other: `--config=outputs/x/config.json`.
 """
 
 import copy
@@ -15,7 +15,12 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from longlive_jax.checks import suggest
-from longlive_jax.config.flags import config_file, define_config_flag, run_main
+from longlive_jax.config.flags import (
+  check_no_variant,
+  config_file,
+  define_config_flag,
+  run_main,
+)
 from longlive_jax.config.rules import check, check_type
 from longlive_jax.config.schema import Experiment, Section
 from longlive_jax.config.walk import check_setting_name, field_types, is_section
@@ -26,9 +31,12 @@ __all__ = [
   "from_flags",
   "from_json",
   "load_config",
+  "read_saved",
   "run_main",
   "to_json",
 ]
+
+BESIDE_WEIGHTS = "metadata.json"  # only a folder of weights has it
 
 
 def from_flags(config: Experiment) -> Experiment:
@@ -67,11 +75,12 @@ def load_config(source: str | Path, overrides: Mapping[str, object] | None = Non
   path, _, variant = str(source).partition(":")
   file = config_file(path)
   if file.suffix == ".json":
-    config = from_json(file.read_text())
+    check_no_variant(path, variant)
+    config = read_saved(file)
   else:
     spec = importlib.util.spec_from_file_location(f"config_{file.stem}", file)
     if spec is None or spec.loader is None:
-      raise ValueError(f"configuration '{path}' must be a .py or .json file")
+      raise ValueError(f"configuration '{path}' cannot be loaded")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     config = module.get_config(variant)
@@ -80,6 +89,27 @@ def load_config(source: str | Path, overrides: Mapping[str, object] | None = Non
   for dotted, value in (overrides or {}).items():
     override(config, dotted, value)
   return from_flags(config)
+
+
+def read_saved(path: str | Path) -> Experiment:
+  """Reads a configuration that was saved beside an artefact.
+
+  That of a checkpoint means this checkpoint: `io.checkpoint` is its folder.
+
+  Returns:
+    An experiment, not yet checked or sealed.
+
+  Raises:
+    ValueError: as for `from_json`; names the file.
+  """
+  path = Path(path)
+  try:
+    config = from_json(path.read_text())
+  except ValueError as error:
+    raise ValueError(f"configuration '{path}': {error}") from error
+  if (path.parent / BESIDE_WEIGHTS).is_file():
+    config.io.checkpoint = str(path.parent)
+  return config
 
 
 def check_experiment(config: object) -> None:

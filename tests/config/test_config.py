@@ -195,7 +195,19 @@ def test_json_beside_an_artefact_is_a_configuration_file(tmp_path):
   assert json.loads(to_json(config))["train"]["lr"] == 2e-4
 
 
-def test_wrong_files_and_variants():
+def test_the_json_of_a_checkpoint_means_this_checkpoint(tmp_path):
+  (tmp_path / "config.json").write_text(to_json(tiny(io__checkpoint="before")))
+  assert load_config(tmp_path / "config.json").io.checkpoint == "before"
+  (tmp_path / "metadata.json").write_text("{}")
+  assert load_config(tmp_path / "config.json").io.checkpoint == str(tmp_path)
+
+
+def test_wrong_files_and_variants(tmp_path):
+  (tmp_path / "config.json").write_text('{"train": {"lrr": 1}}')
+  with pytest.raises(ValueError, match=r"config.json': unknown setting 'train.lrr' \(did you mean"):
+    load_config(tmp_path / "config.json")
+  with pytest.raises(ValueError, match=r"config.json' has no variants, so no 'i2v'"):
+    load_config(f"{tmp_path / 'config.json'}:i2v")
   with pytest.raises(FileNotFoundError, match=r"'configs/tinny.py' does not exist \(did you mean"):
     load_config("configs/tinny.py")
   with pytest.raises(ValueError, match=r"'i2w' must be one of .*did you mean 'i2v'"):
@@ -220,6 +232,8 @@ def main(argv):
   config = from_flags(CONFIG.value)
   if FAIL.value == "missing":
     open("/none/such")
+  if FAIL.value == "diverged":
+    raise FloatingPointError("the loss is nan")
   if FAIL.value == "interrupt":
     raise KeyboardInterrupt
   if FAIL.value == "value":
@@ -239,15 +253,42 @@ def run_program(root: Path, *arguments: str) -> subprocess.CompletedProcess[str]
   )
 
 
+def test_a_json_file_is_a_configuration_that_flags_change(root, tmp_path):
+  (tmp_path / "run.json").write_text(to_json(tiny(train__lr=3e-4)))
+  done = run_program(root, f"--config={tmp_path / 'run.json'}", "--noconfig.sample.pin_shots")
+  assert (done.returncode, done.stdout) == (0, "wan5b 0.0003 False (1, 2, 4, 4)\n"), done.stderr
+
+
+@pytest.mark.parametrize(
+  ("name", "text", "line"),
+  [
+    ("a.json", '{"train": {"lr": }}', "a.json': the configuration is not JSON"),
+    ("a.py", "x = 1", "has no attribute 'get_config'"),
+    (
+      "a.py",
+      "from longlive_jax.config import *\ndef get_config(v=''):\n  c = Model()\n  c.widht = 3",
+      "Model has no field 'widht' (did you mean 'width'?)",
+    ),
+    ("a.py", "def get_config(:", "invalid syntax"),
+    ("a.txt", "", "a.txt' must be a .py or .json file"),
+  ],
+)
+def test_a_configuration_file_that_is_wrong_is_one_line(root, tmp_path, name, text, line):
+  (tmp_path / name).write_text(text)
+  done = run_program(root, f"--config={tmp_path / name}")
+  assert done.returncode == 2
+  assert line in done.stderr and done.stderr.count("\n") == 1
+
+
 def test_flags_override_the_file(root):
   done = run_program(
     root,
     "--config=configs/tiny.py:i2v",
     "--config.train.lr=2e-5",
     "--noconfig.sample.pin_shots",
-    "--config.model.vae.multipliers=(1,2,4,8)",
+    "--config.model.vae.multipliers=(1,2,4,2)",
   )
-  assert (done.returncode, done.stdout) == (0, "tiny 2e-05 False (1, 2, 4, 8)\n"), done.stderr
+  assert (done.returncode, done.stdout) == (0, "tiny 2e-05 False (1, 2, 4, 2)\n"), done.stderr
 
 
 @pytest.mark.parametrize(
@@ -262,6 +303,7 @@ def test_flags_override_the_file(root):
     (["--config"], "--config needs a file", 2),
     (["--fial=x"], "Unknown command line flag 'fial'. Did you mean: fail ?", 2),
     (["stray"], "unexpected argument 'stray'", 2),
+    (["--fail=diverged"], "the loss is nan", 2),
     (["--fail=missing"], "/none/such: No such file or directory", 2),
     (["--fail=value"], "two lines", 2),
     (["--fail=interrupt"], "interrupted", 130),

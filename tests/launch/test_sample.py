@@ -47,18 +47,18 @@ def test_a_script_gives_the_video_of_the_library(frames, checkpoint, script):
 @pytest.mark.parametrize("name", ["new/video.mp4", "video.gif", "f_%03d.png"])
 def test_every_form(sample, script, tmp_path, name):
   out = tmp_path / name
-  done = sample(f"--script={script}", f"--out={out}", "--config.video.fps=12")
+  done = sample(f"--script={script}", f"--out={out}", "--config.video.fps=10")
   assert done.code == 0, done.stderr
-  assert f"{out}: {FRAMES} frames, 2.4 s of video" in done.stdout
+  assert f"{out}: {FRAMES} frames, 2.9 s of video" in done.stdout
   assert "error" not in done.stderr and f"{BLOCKS}/{BLOCKS}" in done.stderr  # the progress bar
   config = load_config(out.with_name(out.name + ".config.json"))
-  assert (config.video.fps, config.model.width) == (12, 24)
+  assert (config.video.fps, config.model.width) == (10, 24)
   names = sorted(path.name for path in out.parent.iterdir())
   made = [f"f_{i:03d}.png" for i in range(FRAMES)] if "%" in name else [out.name]
   assert names == sorted([*made, out.name + ".config.json"])
   if "%" not in name:
     with av.open(str(out)) as video:
-      assert video.streams.video[0].average_rate == 12
+      assert video.streams.video[0].average_rate == 10
       assert sum(1 for _ in video.decode(video=0)) == FRAMES
 
 

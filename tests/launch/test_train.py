@@ -21,7 +21,7 @@ from longlive_jax.io.metrics import read_metrics
 from tests.launch.tiny import SIZES, TINY, Outcome, Program
 
 VAE = ("--config=configs/tiny.py:vae", *SIZES)
-STEPS = 3
+STEPS = {"vae": 3, "ar": 60}
 
 
 @pytest.fixture(scope="module")
@@ -32,8 +32,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def train(program: Program, folder: Path, stage: str, *arguments: str) -> Outcome:
   """Trains a stage for a few steps; "ar" goes on from the result of "vae"."""
   base = VAE if stage == "vae" else (*TINY, f"--config.io.checkpoint={folder}/vae/params")
-  steps = f"--config.train.steps={STEPS}"
-  return program("train", *base, steps, f"--workdir={folder / stage}", *arguments)
+  steps = (f"--config.train.steps={STEPS[stage]}", "--config.io.checkpoint_every_steps=12")
+  return program("train", *base, *steps, f"--workdir={folder / stage}", *arguments)
 
 
 @pytest.fixture
@@ -43,7 +43,7 @@ def trained(program: Program, folder: Path) -> Path:
     if not (folder / stage).is_dir():
       done = train(program, folder, stage)
       assert done.code == 0, done.stderr
-      assert f"{folder / stage / 'params'}: weights after {STEPS} steps" in done.stdout
+      assert f"{folder / stage / 'params'}: weights after {STEPS[stage]} steps" in done.stdout
       assert done.stderr == ""
   return folder / "ar" / "params"
 
@@ -51,13 +51,17 @@ def trained(program: Program, folder: Path) -> Path:
 def test_a_stage_leaves_weights_metrics_and_a_checkpoint_of_its_last_step(trained, folder):
   for stage, loss in (("vae", "psnr"), ("ar", "loss")):
     lines = read_metrics(folder / stage)
-    assert [line["step"] for line in lines] == [1, 2, 3]
+    assert [line["step"] for line in lines] == list(range(1, STEPS[stage] + 1))
     assert all(np.isfinite(line[loss]) for line in lines)
-    assert [p.name for p in (folder / stage / "checkpoints").iterdir()] == [str(STEPS)]
-    assert read_metadata(folder / stage / "params") == {"stage": stage, "steps": STEPS}
+    saved = {int(path.name) for path in (folder / stage / "checkpoints").iterdir()}
+    assert saved == ({3} if stage == "vae" else {36, 48, 60})
+    assert read_metadata(folder / stage / "params") == {"stage": stage, "steps": STEPS[stage]}
     config = load_config(folder / stage / "config.json")
-    assert config == load_config(folder / stage / "params" / "config.json")
-    assert (config.train.stage, config.train.steps, config.model.width) == (stage, STEPS, 24)
+    weights = {"io.checkpoint": str(folder / stage / "params")}
+    assert load_config(folder / stage / "params" / "config.json") == load_config(
+      folder / stage / "config.json", weights
+    )
+    assert (config.train.stage, config.train.steps, config.model.width) == (stage, STEPS[stage], 24)
 
 
 def weights(folder: Path) -> dict[str, jax.Array]:
@@ -75,9 +79,8 @@ def test_a_stage_changes_its_own_network_only(trained, folder):
 def test_the_result_makes_videos(trained, program, tmp_path):
   script, out = tmp_path / "script.json", tmp_path / "frames"
   script.write_text(json.dumps({"seed": 3, "shots": [{"prompt": "a", "blocks": 2}]}))
-  done = program(
-    "sample", *TINY, f"--config.io.checkpoint={trained}", f"--script={script}", f"--out={out}"
-  )
+  weights = f"--config.io.checkpoint={trained}"
+  done = program("sample", *TINY, weights, f"--script={script}", f"--out={out}")
   assert done.code == 0, done.stderr
   frames = Pipeline.from_checkpoint(trained).generate(Script.of("a", blocks=2, seed=3))
   assert frames.shape == (13, 32, 32, 3)
@@ -85,12 +88,21 @@ def test_the_result_makes_videos(trained, program, tmp_path):
     np.testing.assert_array_equal(np.asarray(Image.open(out / f"{number:05d}.png")), frame)
 
 
+def test_the_configuration_of_the_result_is_all_that_is_needed(trained, program, tmp_path):
+  config, out = f"--config={trained}/config.json", f"--out={tmp_path / 'score.json'}"
+  done = program("evaluate", config, out, "--scripts=2", "--shots=1", "--blocks=1")
+  assert done.code == 0, done.stderr
+  report = json.loads((tmp_path / "score.json").read_text())
+  assert report["config"]["io"]["checkpoint"] == str(trained)
+  assert report["config"]["model"]["width"] == 24
+
+
 def test_a_finished_run_says_so(trained, program, folder):
   result = folder / "ar" / "params"
   before = {path: path.stat().st_mtime_ns for path in result.rglob("*")}
   done = train(program, folder, "ar")
   assert (done.code, done.stderr) == (0, "")
-  assert f"nothing to do: {STEPS} steps are done, train.steps={STEPS}" in done.stdout
+  assert "nothing to do: 60 steps are done, train.steps=60" in done.stdout
   assert {path: path.stat().st_mtime_ns for path in result.rglob("*")} == before
 
 
@@ -111,21 +123,17 @@ def test_another_configuration_in_the_same_workdir(trained, program, folder):
 
 
 def test_a_killed_training_ends_as_if_nothing_had_been(trained, program, folder, tmp_path):
-  steps, every = "--config.train.steps=120", "--config.io.checkpoint_every_steps=25"
-  arguments = (*TINY, f"--config.io.checkpoint={folder}/vae/params", steps, every)
-  whole, cut = tmp_path / "whole", tmp_path / "cut"
-  assert program("train", *arguments, f"--workdir={whole}").code == 0
-  command = [sys.executable, "-m", "launch.train", *arguments, f"--workdir={cut}"]
+  config = (f"--config={folder / 'ar' / 'config.json'}", f"--workdir={tmp_path}")
+  command = [sys.executable, "-m", "launch.train", *config]
   child = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-  lines = cut / "metrics.jsonl"
-  while child.poll() is None and (not lines.exists() or lines.read_text().count("\n") < 60):
-    time.sleep(0.005)
+  lines = tmp_path / "metrics.jsonl"
+  while child.poll() is None and (not lines.exists() or lines.read_text().count("\n") < 30):
+    time.sleep(0.002)
   child.kill()
   assert child.communicate()[1] == ""
   assert child.returncode == -signal.SIGKILL
-  assert not (cut / "params").exists()
-  assert program("train", *arguments, f"--workdir={cut}").code == 0
-  loss = [[(line["step"], line["loss"]) for line in read_metrics(f)] for f in (cut, whole)]
+  assert not (tmp_path / "params").exists()
+  assert program("train", *config).code == 0
+  loss = [[(x["step"], x["loss"]) for x in read_metrics(f)] for f in (tmp_path, folder / "ar")]
   assert loss[0] == loss[1]
-  assert [step for step, _ in loss[0]] == list(range(1, 121))
-  jax.tree.map(np.testing.assert_array_equal, weights(cut / "params"), weights(whole / "params"))
+  jax.tree.map(np.testing.assert_array_equal, weights(tmp_path / "params"), weights(trained))
