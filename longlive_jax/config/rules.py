@@ -137,18 +137,36 @@ def check_text(text: Text) -> None:
 
 
 def check_vae(vae: Vae) -> None:
-  """Latents are 16 times smaller than frames and 4 times fewer."""
-  stages, halvings = len(vae.multipliers), sum(vae.temporal_downsample)
-  if 2**stages != VAE_SPACE:
+  """Latents are 16 times smaller than frames and 4 times fewer, and shortcuts fit the widths."""
+  for name in ("encoder_width", "decoder_width", "residual_blocks"):
+    check_at_least(f"model.vae.{name}", getattr(vae, name), 1)
+  sizes, times = vae.multipliers, vae.temporal_downsample
+  if len(sizes) != 4:
     raise ValueError(
-      f"model.vae.multipliers={vae.multipliers} must have 4 entries: latents are 16 times"
-      " smaller than frames"
+      f"model.vae.multipliers={sizes} must have 4 entries: latents are 16 times smaller than frames"
     )
-  if len(vae.temporal_downsample) != stages - 1 or 2**halvings != VAE_TIME:
+  if len(times) != 3 or sum(times) != 2:
     raise ValueError(
-      f"model.vae.temporal_downsample={vae.temporal_downsample} must have {stages - 1} entries,"
-      " two of them True: latents are 4 times fewer than frames"
+      f"model.vae.temporal_downsample={times} must have 3 entries, two of them True: latents are"
+      " 4 times fewer than frames"
     )
+  check_shortcuts(sizes, times)
+
+
+def check_shortcuts(sizes: tuple[int, ...], times: tuple[bool, ...]) -> None:
+  """A stage's shortcut averages, or repeats, whole groups of channels."""
+  stages = [(1, *sizes), sizes, [4 * (1 + time) for time in times] + [1]]
+  down = [
+    ("encoder", before * shrink, after) for before, after, shrink in zip(*stages, strict=False)
+  ]
+  stages = [(sizes[3], *sizes[:1:-1]), sizes[:0:-1], [4 * (1 + time) for time in times[::-1]]]
+  up = [("decoder", after * grow, before) for before, after, grow in zip(*stages, strict=False)]
+  for side, elements, channels in down + up:
+    if elements % channels:
+      raise ValueError(
+        f"model.vae.multipliers={sizes}: a shortcut of the {side} groups {elements} widths of"
+        f" channels by {channels}; {channels} must divide {elements}"
+      )
 
 
 def check_quant(quant: Quant) -> None:

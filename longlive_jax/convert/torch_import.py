@@ -5,12 +5,13 @@ of a stacked leaf it is, and how its axes are permuted. The same rows serve both
 """
 
 import dataclasses
+import math
 from collections.abc import Mapping, Sequence
 
 import jax
 import numpy as np
 
-from longlive_jax.checks import check_shape, suggest
+from longlive_jax.checks import suggest
 from longlive_jax.types import PyTree
 
 # form -> permutation of the foreign axes that gives ours; its inverse leads back
@@ -34,6 +35,23 @@ class Row:
   path: str
   form: str = "same"
   layer: int | None = None
+
+
+def check_foreign(row: Row, tensor: np.ndarray, wanted: tuple[int, ...]) -> None:
+  """Raises ValueError, in the original's order of axes, unless a tensor gives our shape."""
+  found, permutation = tensor.shape, PERMUTATIONS.get(row.form)
+  if row.form == "flat":
+    fits, expected = found == (*wanted, *(1,) * (len(found) - 1)), f"({wanted[0]}, 1, ...)"
+  elif row.form == "patch":
+    size_in, size_out = wanted
+    fits = len(found) > 1 and found[0] == size_out and math.prod(found[1:]) == size_in
+    expected = f"({size_out}, ...) with {size_in} numbers in each row"
+  else:
+    axes = range(len(wanted)) if permutation is None else np.argsort(permutation)
+    shape = (1, *wanted) if row.form == "squeeze" else tuple(wanted[axis] for axis in axes)
+    fits, expected = found == shape, str(shape)
+  if not fits:
+    raise ValueError(f"{row.key} has shape {found}; it must be {expected}")
 
 
 def to_ours(row: Row, tensor: np.ndarray) -> np.ndarray:
@@ -79,10 +97,10 @@ def import_params(
   for row in rows:
     if row.key not in tensors:
       raise ValueError(f"missing tensor '{row.key}'{suggest(row.key, tensors)}")
-    value = to_ours(row, np.asarray(tensors[row.key], np.float32))
+    tensor = np.asarray(tensors[row.key], np.float32)
     wanted = leaf_at(abstract, row.path).shape
-    check_shape(row.key, value.shape, wanted if row.layer is None else wanted[1:])
-    parts.setdefault(row.path, []).append((row.layer or 0, value))
+    check_foreign(row, tensor, wanted if row.layer is None else wanted[1:])
+    parts.setdefault(row.path, []).append((row.layer or 0, to_ours(row, tensor)))
 
   def fill(path: tuple, leaf: jax.ShapeDtypeStruct) -> object:
     name = "/".join(str(p.key) for p in path)

@@ -16,9 +16,10 @@ from flax import nnx
 
 from longlive_jax.checks import check_at_least, check_divides, check_remainder, check_shape
 from longlive_jax.config import Vae as Config
+from longlive_jax.config.rules import check_vae
 from longlive_jax.model.conv import HISTORY, Pointwise, choose_form, patchify, unpatchify
 from longlive_jax.model.module import Network, declare
-from longlive_jax.model.vae_blocks import Decoder, Encoder, State, stage_factors
+from longlive_jax.model.vae_blocks import Decoder, Encoder, State
 from longlive_jax.types import Array
 
 SPACE, TIME = 16, 4  # pixels a latent, frames a later latent
@@ -40,37 +41,6 @@ WAN_STD = (
   *(0.5709, 0.6065, 0.6415, 0.4944, 0.5726, 1.2042, 0.5458, 1.6887),
   *(0.3971, 1.0600, 0.3943, 0.5537, 0.5444, 0.4089, 0.7468, 0.7744),
 )
-
-
-def check_config(cfg: Config) -> None:
-  """Refuses sizes that do not give 16x in space and 4x in time.
-
-  Raises:
-    ValueError: names the field, what it is and what it must be.
-  """
-  check_at_least("model.vae.encoder_width", cfg.encoder_width, 1)
-  check_at_least("model.vae.decoder_width", cfg.decoder_width, 1)
-  check_at_least("model.vae.residual_blocks", cfg.residual_blocks, 1)
-  sizes, flags = cfg.multipliers, cfg.temporal_downsample
-  if len(sizes) != 4:
-    raise ValueError(
-      f"model.vae.multipliers={sizes} has {len(sizes)} stages; it must have 4: three halvings after"
-      " the 2x2 patches make 16x in space"
-    )
-  if len(flags) != 3 or sum(flags) != 2:
-    raise ValueError(
-      f"model.vae.temporal_downsample={flags} must have 3 entries, two of them true: 4x in time"
-    )
-  down = zip((1, *sizes), sizes, stage_factors(flags), strict=False)
-  groups = [("encoder", size_in * time * space**2, out) for size_in, out, (time, space) in down]
-  up = zip((sizes[3], *sizes[:1:-1]), sizes[:0:-1], stage_factors(flags[::-1]), strict=False)
-  groups += [("decoder", out * time * space**2, size_in) for size_in, out, (time, space) in up]
-  for side, elements, channels in groups:
-    if elements % channels:
-      raise ValueError(
-        f"model.vae.multipliers={sizes}: a shortcut of the {side} groups {elements} widths of"
-        f" channels by {channels}; {channels} must divide {elements}"
-      )
 
 
 def latents_per_call(cfg: Config, batch: int, height: int, width: int) -> int:
@@ -136,7 +106,7 @@ class Vae(nnx.Module):
       default backend.
 
   Raises:
-    ValueError: sizes that `check_config` refuses.
+    ValueError: sizes that `config.rules.check_vae` refuses.
 
   Attributes:
     latent_mean, latent_std: `[C]` float32, not trained.
@@ -145,7 +115,7 @@ class Vae(nnx.Module):
   def __init__(
     self, cfg: Config, rngs: nnx.Rngs, *, dtype: str = "float32", form: str | None = None
   ):
-    check_config(cfg)
+    check_vae(cfg)
     form = choose_form(form)
     channels = cfg.latent_channels
     self.cfg, self.dtype = cfg, dtype

@@ -81,7 +81,7 @@ def matmul_of(recipe: Recipe, chosen: frozenset[str], otherwise: Matmul) -> Matm
   def matmul(
     x: Array, w: Array | QTensor, bias: Array | None, *, path: str, key: Array | None
   ) -> Array:
-    if path in chosen:
+    if path in chosen or isinstance(w, QTensor):
       return quantised_matmul(recipe, x, w, bias, key)
     return otherwise(x, w, bias, path=path, key=key)
 

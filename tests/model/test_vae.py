@@ -10,11 +10,11 @@ import pytest
 from flax import nnx
 
 from longlive_jax.config import Vae
+from longlive_jax.config.rules import check_vae
 from longlive_jax.convert.keys_vae import vae_rows
 from longlive_jax.convert.torch_import import import_params, leaf_at
 from longlive_jax.model.module import Network, count_parameters
 from longlive_jax.model.vae import (
-  check_config,
   declare_vae,
   from_uint8,
   latents_per_call,
@@ -410,8 +410,8 @@ def test_later_frames_come_in_fours_and_steps_are_positive(clip):
     ({"encoder_width": 0}, "model.vae.encoder_width=0 must be at least 1"),
     ({"decoder_width": 0}, "model.vae.decoder_width=0 must be at least 1"),
     ({"residual_blocks": 0}, "model.vae.residual_blocks=0 must be at least 1"),
-    ({"multipliers": (1, 2, 4)}, r"model.vae.multipliers=\(1, 2, 4\) has 3 stages"),
-    ({"temporal_downsample": (True,) * 3}, "model.vae.temporal_downsample=.* two of them true"),
+    ({"multipliers": (1, 2, 4)}, r"model.vae.multipliers=\(1, 2, 4\) must have 4 entries"),
+    ({"temporal_downsample": (True,) * 3}, "model.vae.temporal_downsample=.* two of them True"),
     ({"multipliers": (1, 2, 4, 8)}, "encoder groups 4 widths of channels by 8; 8 must divide 4"),
     ({"multipliers": (1, 1, 5, 5)}, "encoder groups 8 widths of channels by 5; 5 must divide 8"),
     ({"multipliers": (2, 2, 6, 2)}, "encoder groups 16 widths of channels by 6"),
@@ -425,4 +425,4 @@ def test_widths_whose_shortcuts_do_not_fit_are_refused(fields, message):
     shapes_of(Vae(encoder_width=2, decoder_width=2, **fields), "encode", (1, 5, 32, 32, 3))
   else:
     with pytest.raises(ValueError, match=message):
-      check_config(Vae(**fields))
+      check_vae(Vae(**fields))

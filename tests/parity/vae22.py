@@ -8,11 +8,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from longlive_jax.config import Vae
+from longlive_jax.config.rules import check_vae
 from longlive_jax.convert.keys_vae import vae_rows
 from longlive_jax.convert.torch_import import import_params
 from longlive_jax.model.conv import patchify
 from longlive_jax.model.module import Network
-from longlive_jax.model.vae import TIME, check_config, declare_vae
+from longlive_jax.model.vae import TIME, declare_vae
 from longlive_jax.model.vae import Vae as Module
 from longlive_jax.types import Array, PyTree
 from tests.parity.records import Compared, Refused, compare
@@ -147,7 +148,7 @@ def check_streaming(
 def check(archive: Mapping[str, np.ndarray], config: dict) -> Iterator[Compared | Refused]:
   """Checks a file of this layout."""
   try:
-    check_config(vae_of(config))
+    check_vae(vae_of(config))
   except ValueError as error:
     yield Refused("param", str(error))
     return
