@@ -42,7 +42,7 @@ def get_config(variant: str = "") -> Experiment:
         tokenizer="bytes",
         frozen_seed=0,
       ),
-      vae=Vae(encoder_width=14, decoder_width=10, residual_blocks=1),
+      vae=Vae(encoder_width=14, decoder_width=10, residual_blocks=1, convolution="conv2d"),
     ),
     video=Video(height=96, width=160, fps=24),
     sample=Sample(steps=16, cut_prefix="Cut. "),

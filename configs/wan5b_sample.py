@@ -11,6 +11,7 @@ def get_config(variant: str = "") -> Experiment:
   """The 5B model for sampling; `variant` is "" or "base"."""
   check_choice("variant of configs/wan5b_sample.py", variant, ("", "base"))
   config = Experiment(name="wan5b")
+  config.model.vae.dtype = "bfloat16"
   if variant == "base":
     config.sample.steps = 50
     config.sample.guidance = 3.0

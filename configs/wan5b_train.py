@@ -11,6 +11,7 @@ def get_config(variant: str = "") -> Experiment:
   """The 5B model for training; `variant` is "" or "i2v"."""
   check_choice("variant of configs/wan5b_train.py", variant, ("", "i2v"))
   config = Experiment(name="wan5b")
+  config.model.vae.dtype = "bfloat16"
   config.data.blocks = config.data.clip_blocks = 12
   config.sample.steps = 50
   config.sample.guidance = 3.0

@@ -63,10 +63,11 @@ def choose_ops(experiment: Experiment) -> Ops:
 
 def declare_networks(experiment: Experiment) -> dict[str, Network]:
   """The three networks of an experiment: "dit", "vae", "text"."""
-  model = experiment.model
+  model, vae = experiment.model, experiment.model.vae
+  form = None if vae.convolution == "auto" else vae.convolution
   return {
     "dit": declare_dit(model),
-    "vae": declare_vae(model.vae),
+    "vae": declare_vae(vae, dtype=vae.dtype, form=form),
     "text": declare_text(model.text),
   }
 

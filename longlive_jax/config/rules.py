@@ -14,6 +14,7 @@ from longlive_jax.config.schema import Experiment, Model, Quant, Sample, Text, V
 from longlive_jax.config.walk import settings
 
 DTYPES = ("float32", "bfloat16")
+CONVOLUTIONS = ("auto", "conv3d", "conv2d")
 ATTENTIONS = ("auto", "cudnn", "jnp")
 SOLVERS = ("unipc", "dpmpp", "euler")
 STAGES = ("vae", "ar")
@@ -150,6 +151,8 @@ def check_vae(vae: Vae) -> None:
       f"model.vae.temporal_downsample={times} must have 3 entries, two of them True: latents are"
       " 4 times fewer than frames"
     )
+  check_choice("model.vae.dtype", vae.dtype, DTYPES)
+  check_choice("model.vae.convolution", vae.convolution, CONVOLUTIONS)
   check_shortcuts(sizes, times)
 
 

@@ -63,6 +63,8 @@ class Vae(Section):
   residual_blocks: int = 2  # per encoder stage; a decoder stage has one more
   temporal_downsample: tuple[bool, ...] = (False, True, True)
   latent_channels: int = 48
+  dtype: str = "float32"  # of the activations
+  convolution: str = "auto"  # auto (by device) | conv3d | conv2d: the same sums, other speeds
 
 
 @dataclasses.dataclass(unsafe_hash=True)

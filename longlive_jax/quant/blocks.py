@@ -11,14 +11,12 @@ both, and keep the second only where it is strictly better.
 Source: spec/nvfp4.md sections 1.6 and 2.2.
 """
 
-import math
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from longlive_jax.quant.formats import BLOCK, e4m3_round
-from longlive_jax.quant.ieee import divide, third
+from longlive_jax.quant.ieee import divide, quotient
 from longlive_jax.quant.rules import WIDER, Rule
 from longlive_jax.quant.semantics import Semantics, any_order
 from longlive_jax.types import Array
@@ -48,11 +46,11 @@ def choose(
 ) -> tuple[Array, Array, Array]:
   """(values, codes, scales) of blocks: the only candidate of a rule, or the better one."""
   alive, x, amax = normalised(x, amax)
-  enc = divide(rule.c, amax) if exact else rule.c / amax
-  # without the barrier XLA turns 1 / (C / amax) into amax / C
-  dec = divide(1.0, enc) if exact else 1.0 / jax.lax.optimization_barrier(enc)
+  over = divide if exact else quotient
+  enc = over(rule.c, amax)
+  dec = over(1.0, enc)
   peak = jnp.max(jnp.abs(x), (-3, -1), keepdims=True)
-  wanted = (divide(peak, rule.m2) if exact else over(peak, rule.m2)) * enc
+  wanted = over(peak, rule.m2) * enc
   wanted = jnp.where(alive, wanted, 0.0)
 
   def attempt(target: Array, element_noise: Array | None) -> tuple[Array, Array, Array]:
@@ -60,8 +58,7 @@ def choose(
     return (*scaled(x, scales, dec, exact, element_noise, semantics), scales)
 
   def error(values: Array, scales: Array) -> Array:
-    product = values * scales * amax
-    estimate = divide(product, rule.c) if exact else over(product, rule.c)
+    estimate = over(values * scales * amax, rule.c)
     return (semantics.total if exact else any_order)(estimate - x, rule.error)
 
   six = attempt(wanted, noise[0])
@@ -86,17 +83,11 @@ def normalised(x: Array, amax: Array) -> tuple[Array, Array, Array]:
   return alive, x * factor, amax * factor
 
 
-def over(x: Array, divisor: float) -> Array:
-  """`x / divisor` for a power of two or 3 times one, in float32 alone."""
-  mantissa, _ = math.frexp(divisor)
-  return third(x) * (3.0 / divisor) if mantissa == 0.75 else x * (1.0 / divisor)
-
-
 def scaled(
   x: Array, scales: Array, dec: Array, exact: bool, noise: Array | None, semantics: Semantics
 ) -> tuple[Array, Array]:
   """(values, codes) of blocks with given scales."""
   alive = scales != 0.0
   unit = jnp.where(alive, dec * scales, 1.0)
-  inverse = divide(1.0, unit) if exact else 1.0 / unit
+  inverse = (divide if exact else quotient)(1.0, unit)
   return semantics.element(jnp.where(alive, x * inverse, semantics.without_scale(x)), noise)

@@ -5,6 +5,8 @@ a product may be fused into a sum: a third of all `x / 6` are wrong in the last 
 in float64 and round once; that a quotient of float32 numbers is rounded twice does no harm.
 `jax.enable_x64` is needed for the tracing only, so the caller's precision stays as it is.
 
+`quotient` does nearly as well in float32, for where float64 is slow or missing.
+
 Source: spec/nvfp4.md section 9.3.
 """
 
@@ -30,15 +32,34 @@ def divide(a: Array | float, b: Array | float) -> Array:
     return _narrow(jax.lax.div(_wide(a), _wide(b)))
 
 
-def third(a: Array) -> Array:
-  """`a / 3`, correctly rounded, in float32 alone.
+def quotient(a: Array | float, b: Array | float) -> Array:
+  """`divide` in float32 alone, wrong by an ulp for one in millions; operands must be finite.
 
-  The remainder `a - 3 t` of the first guess t is exact: 3 times half of the bits of t is.
+  Args:
+    a: float32 or a constant.
+    b: float32, or a constant of at most 12 significant bits.
   """
-  guess = a * np.float32(1 / 3)
-  bits = (jax.lax.bitcast_convert_type(guess, jnp.uint32) >> 12) << 12
+  return refine(a * np.float32(1 / b) if isinstance(b, float) else a / b, a, b)
+
+
+def refine(guess: Array, a: Array | float, b: Array | float) -> Array:
+  """`a / b` from a guess that is a few ulp off; see `quotient`.
+
+  The remainder `a - guess * b` is exact, since the products of halves of the bits are, whether or
+  not they are fused into the sums.
+  """
+  high, low = _halves(guess)
+  if isinstance(b, float):
+    return guess + ((a - high * b) - low * b) * np.float32(1 / b)
+  b_high, b_low = _halves(b)
+  return guess + (((a - high * b_high) - high * b_low) - low * b_high - low * b_low) / b
+
+
+def _halves(x: Array) -> tuple[Array, Array]:
+  """12 bits of x, to nearest, and the rest."""
+  bits = ((jax.lax.bitcast_convert_type(x, jnp.uint32) + 0x800) >> 12) << 12
   high = jax.lax.bitcast_convert_type(bits, jnp.float32)
-  return guess + ((a - 3.0 * high) - 3.0 * (guess - high)) * np.float32(1 / 3)
+  return high, x - high
 
 
 def square_add(a: Array, total: Array) -> Array:

@@ -95,8 +95,20 @@ def test_fast_arithmetic_differs_in_less_than_a_thousandth(amax):
 
 def test_division_is_rounded_as_on_the_host():
   ieee.check_device()
-  x = np.exp(np.random.default_rng(1).uniform(-20, 20, 2**18)).astype(np.float32)
-  np.testing.assert_array_equal(jax.jit(ieee.third)(x), x / np.float32(3))
+
+
+@pytest.mark.parametrize("ulp", [-2, -1, 0, 1, 2])  # how far off a device may divide
+def test_float32_quotients_are_refined(ulp):
+  rng = np.random.default_rng(1)
+  a, b = (np.exp(rng.uniform(-8, 8, 2**20)).astype(np.float32) for _ in range(2))
+  refine = jax.jit(ieee.refine, static_argnames="b")
+  for divisor in (3.0, 6.0, 1536.0):
+    true = a / np.float32(divisor)
+    guess = (true.view(np.int32) + ulp).view(np.float32)
+    np.testing.assert_array_equal(refine(guess, a, b=divisor), true)
+  guess = ((a / b).view(np.int32) + ulp).view(np.float32)
+  assert np.sum(np.asarray(jax.jit(ieee.refine)(guess, a, b)) != a / b) <= 2
+  np.testing.assert_array_equal(jax.jit(ieee.quotient)(a, b), a / b)
 
 
 def test_a_device_that_divides_badly_is_reported(monkeypatch):
