@@ -29,6 +29,7 @@ CHECKPOINTS = "checkpoints"
 MAY_CHANGE = (
   "name",
   "model.attention",
+  "model.vae.convolution",
   "sample.guidance",
   "sample.negative_prompt",
   "sample.seed",
@@ -42,6 +43,7 @@ MAY_CHANGE = (
   "train.final_lr_fraction",
   "train.kl_weight",
   "train.lr",
+  "train.remat",
   "train.steps",
   "train.warmup_steps",
   "train.weight_decay",

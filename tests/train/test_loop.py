@@ -23,9 +23,10 @@ import pytest
 
 from longlive_jax.config import Data, Experiment, Io, Model, Train, Video
 from longlive_jax.config.load import run_main
+from longlive_jax.config.walk import settings
 from longlive_jax.io.metrics import read_metrics
 from longlive_jax.io.train_checkpoint import TrainCheckpointer
-from longlive_jax.train.loop import Step, run, steps_done
+from longlive_jax.train.loop import MAY_CHANGE, Step, run, steps_done
 from longlive_jax.train.state import TrainState, apply_gradients, init_state, make_optimizer
 
 STEPS = 12
@@ -208,6 +209,10 @@ def finished(tmp_path_factory) -> Path:
   folder = tmp_path_factory.mktemp("finished")
   run(changed(steps=2), folder, fresh(), update)
   return folder
+
+
+def test_what_may_change_is_a_setting():
+  assert set(MAY_CHANGE) < {name for name, _, _ in settings(EXPERIMENT)}
 
 
 def test_another_shape_is_refused_by_the_leaf(finished):
