@@ -3,16 +3,17 @@
   python -m launch.export --config=configs/tiny.py --config.io.checkpoint=outputs/ar/params \
       --out=outputs/tiny --dtype=bfloat16
 
-Weights of matrix products and convolutions are cast; vectors (norms, biases, constants) stay
-float32. Loading converts to float32, or to `model.dtype`, again.
+Single vectors (the constants of the latents, the biases of the VAE) stay float32. Loading converts
+to float32, or to `model.dtype`, again.
 """
 
 import json
 from pathlib import Path
 
+import jax
 from absl import flags, logging
 
-from longlive_jax.build import build_models, cast_params, find_checkpoint
+from longlive_jax.build import build_models, find_checkpoint
 from longlive_jax.config.load import define_config_flag, from_flags, run_main, to_json
 from longlive_jax.io.checkpoint import read_metadata, save_params
 
@@ -31,8 +32,8 @@ def main(argv: list[str]) -> None:
   params = build_models(experiment).params
   config = json.loads(to_json(experiment))
   config["io"]["checkpoint"] = ""
-  trees = {name: cast_params(tree, DTYPE.value) for name, tree in params.items()}
-  save_params(OUT.value, trees, config, {**read_metadata(source), "dtype": DTYPE.value})
+  narrow = jax.tree.map(lambda a: a.astype(DTYPE.value) if a.ndim > 1 else a, params)
+  save_params(OUT.value, narrow, config, {**read_metadata(source), "dtype": DTYPE.value})
   size = sum(path.stat().st_size for path in Path(OUT.value).rglob("*") if path.is_file())
   logging.info("%s: %.1f MB", OUT.value, size / 1e6)
 

@@ -19,6 +19,7 @@ from longlive_jax.model.ops import Ops, attend_with, cudnn_attention, dense_atte
 from longlive_jax.model.text import declare_text, frozen_params
 from longlive_jax.model.tokenizer import load_tokenizer
 from longlive_jax.model.vae import declare_vae
+from longlive_jax.quant.policy import quantise_params, quantised_ops
 from longlive_jax.sample.sampler import Models, Sampler
 from longlive_jax.types import Array, PyTree
 
@@ -137,7 +138,8 @@ def build_models(experiment: Experiment) -> Models:
     FileNotFoundError: no such checkpoint or tokenizer.
     ValueError: its tensors do not fit the experiment, or are not finite.
   """
-  networks, ops = declare_networks(experiment), choose_ops(experiment)
+  networks = declare_networks(experiment)
+  ops = quantised_ops(choose_ops(experiment), experiment.quant, networks["dit"].abstract)
   tokenizer = load_tokenizer(experiment.model.text)
   if experiment.io.checkpoint:
     params = load_networks(experiment, networks, find_checkpoint(experiment.io.checkpoint))
@@ -163,10 +165,14 @@ class Pipeline(Sampler):
 
   @classmethod
   def from_config(cls, experiment: Experiment) -> "Pipeline":
-    """Builds the networks of a checked experiment and loads `io.checkpoint`."""
+    """Builds the networks of a checked experiment and loads `io.checkpoint`.
+
+    The transformer's weights are cast to `model.dtype`, then quantised if `quant.linears` says so.
+    """
     models = build_models(experiment)
-    cast = {"dit": cast_params(models.params["dit"], experiment.model.dtype)}
-    return cls(dataclasses.replace(models, params={**models.params, **cast}))
+    dit = cast_params(models.params["dit"], experiment.model.dtype)
+    dit = quantise_params(dit, experiment.quant)
+    return cls(dataclasses.replace(models, params={**models.params, "dit": dit}))
 
   @classmethod
   def from_checkpoint(cls, folder: str | Path) -> "Pipeline":

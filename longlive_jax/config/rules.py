@@ -21,6 +21,7 @@ STAGES = ("vae", "ar")
 REMATS = ("none", "dots", "full")
 PRECISIONS = ("none", "nvfp4")
 SCALE_RULES = ("static_6", "static_4", "mse", "mae", "abs_max")
+SMOOTHINGS = ("none", "tokens", "original")
 WEIGHT_BLOCKS = ("1x16", "16x16")
 ROUNDINGS = ("stochastic", "nearest")
 VAE_SPACE, VAE_TIME = 16, 4  # pixels a latent, frames a latent
@@ -48,6 +49,7 @@ def check(experiment: Experiment) -> None:
   check_divides("video.height", experiment.video.height, "16 * model.patch", unit)
   check_divides("video.width", experiment.video.width, "16 * model.patch", unit)
   check_quant(experiment.quant)
+  check_quantised_cache(experiment)
   check_sample(experiment.sample, experiment.model.block_latents)
   check_training(experiment)
 
@@ -175,7 +177,9 @@ def check_shortcuts(sizes: tuple[int, ...], times: tuple[bool, ...]) -> None:
 def check_quant(quant: Quant) -> None:
   """Precision of the linear layers."""
   check_choice("quant.linears", quant.linears, PRECISIONS)
-  for name in ("weights", "activations", "gradients"):
+  check_choice("quant.cache", quant.cache, PRECISIONS)
+  check_choice("quant.cache_smoothing", quant.cache_smoothing, SMOOTHINGS)
+  for name in ("weights", "activations", "gradients", "cache_rule"):
     check_choice(f"quant.{name}", getattr(quant, name), SCALE_RULES)
   check_choice("quant.weight_blocks", quant.weight_blocks, WEIGHT_BLOCKS)
   check_choice("quant.gradient_rounding", quant.gradient_rounding, ROUNDINGS)
@@ -186,6 +190,23 @@ def check_quant(quant: Quant) -> None:
       raise ValueError(
         f"quant.layers has {pattern!r}, which is no regular expression: {error}"
       ) from error
+
+
+def check_quantised_cache(experiment: Experiment) -> None:
+  """What a quantised cache asks of the other settings."""
+  quant, model = experiment.quant, experiment.model
+  if quant.cache == "none":
+    return
+  if model.head_dim % 16:
+    raise ValueError(
+      f"quant.cache={quant.cache} needs heads of a multiple of 16 channels;"
+      f" model.width={model.width} / model.heads={model.heads} gives {model.head_dim}"
+    )
+  if quant.cache_smoothing == "original" and experiment.sample.relative_rope:
+    raise ValueError(
+      "quant.cache_smoothing=original is defined for rotated keys; it needs"
+      " sample.relative_rope=False"
+    )
 
 
 def check_sample(sample: Sample, block: int) -> None:

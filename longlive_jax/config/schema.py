@@ -116,6 +116,9 @@ class Quant(Section):
   gradients: str = "mse"
   weight_blocks: str = "1x16"  # 1x16 | 16x16: fprop and dgrad then see the same weight
   gradient_rounding: str = "stochastic"  # stochastic | nearest
+  cache: str = "none"  # none | nvfp4: keys and values of earlier blocks
+  cache_rule: str = "mse"
+  cache_smoothing: str = "none"  # none | tokens | original: what is taken off the keys
 
 
 @dataclasses.dataclass(unsafe_hash=True)

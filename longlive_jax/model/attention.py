@@ -14,7 +14,7 @@ from typing import Any
 import jax.numpy as jnp
 from jax.tree_util import register_dataclass
 
-from longlive_jax.model.kv_cache import KVCache
+from longlive_jax.model.kv_cache import Cache
 from longlive_jax.model.ops import Dense
 from longlive_jax.model.rope import Rope, rotate
 from longlive_jax.types import Array
@@ -129,7 +129,7 @@ class Cross:
 @functools.partial(
   register_dataclass,
   data_fields=["rope", "slot", "lengths", "window_rope"],
-  meta_fields=["level"],
+  meta_fields=["level", "keep"],
 )
 @dataclasses.dataclass(frozen=True)
 class Cached:
@@ -142,6 +142,7 @@ class Cached:
     lengths: optional int32 `[B]`, filled tokens, where samples differ in filled slots.
     window_rope: with relative positions, the rotation of all `level` slots; the cache then
       holds keys that are not rotated.
+    keep: whether later blocks will see the keys and values of this pass.
   """
 
   level: int
@@ -149,13 +150,13 @@ class Cached:
   slot: Array
   lengths: Array | None = None
   window_rope: Rope | None = None
+  keep: bool = True
 
   def attend(
-    self, dense: Dense, q: Array, k: Array, v: Array, cache: KVCache, layer: Array | int
-  ) -> tuple[Array, KVCache]:
+    self, dense: Dense, q: Array, k: Array, v: Array, cache: Cache, layer: Array | int
+  ) -> tuple[Array, Cache]:
     own = k if self.window_rope is not None else rotate(k, self.rope)
-    cache = cache.write(layer, self.slot, own, v)
-    keys, values = cache.read(layer, self.level)
+    cache, keys, values = cache.exchange(layer, self.slot, own, v, self.level, self.keep)
     if self.window_rope is not None:
       keys = rotate(keys, self.window_rope)
     return dense(rotate(q, self.rope), keys, values, self.lengths), cache

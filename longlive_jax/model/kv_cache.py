@@ -9,6 +9,7 @@ Source: spec/inference.md sections 1.5, 1.6 and 2.4; spec/models.md section 3.6.
 
 import dataclasses
 import functools
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -47,6 +48,33 @@ class KVCache:
       return part.reshape(batch, level * tokens, heads, dim)
 
     return take(self.k), take(self.v)
+
+  def exchange(
+    self, layer: Array | int, slot: Array, k: Array, v: Array, level: int, keep: bool
+  ) -> tuple["KVCache", Array, Array]:
+    """Takes a block in and gives what it attends to.
+
+    Args:
+      layer: which.
+      slot: int32 `[B]`, where each sample's block belongs.
+      k, v: of the block, `[B, S_b, N, D]`.
+      level: slots that are attended to, the lowest first; the block's own among them.
+      keep: whether later blocks will see this pass; a plain cache writes in any case.
+
+    Returns:
+      (cache, keys, values), the last two `[B, level * S_b, N, D]`.
+    """
+    del keep
+    cache = self.write(layer, slot, k, v)
+    return cache, *cache.read(layer, level)
+
+
+class Cache(Protocol):
+  """What attention needs of a cache; see `KVCache.exchange`."""
+
+  def exchange(
+    self, layer: Array | int, slot: Array, k: Array, v: Array, level: int, keep: bool
+  ) -> tuple[Any, Array, Array]: ...
 
 
 def empty_cache(

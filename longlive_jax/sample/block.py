@@ -17,7 +17,7 @@ from longlive_jax.config import Model
 from longlive_jax.model import solvers
 from longlive_jax.model.attention import Cached
 from longlive_jax.model.dit import TextKV
-from longlive_jax.model.kv_cache import KVCache
+from longlive_jax.model.kv_cache import Cache
 from longlive_jax.model.module import Network
 from longlive_jax.model.ops import REFERENCE, Ops
 from longlive_jax.model.rope import expand, spatial_table
@@ -26,7 +26,7 @@ from longlive_jax.types import Array, PyTree
 
 # one entry a guidance branch: (prompt,) or (prompt, negative prompt)
 Texts = tuple[TextKV, ...]
-Caches = tuple[KVCache, ...]
+Caches = tuple[Cache, ...]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,16 +47,17 @@ class Denoiser:
   guidance: float = 1.0
   ops: Ops = REFERENCE
 
-  def plan(self, tables: Tables, height: int, width: int) -> Cached:
-    """The attention plan of a pass over latents of height x width."""
+  def plan(self, tables: Tables, latents: Array, keep: bool = True) -> Cached:
+    """The attention plan of a pass over latents of this size; `keep` as in `Cached`."""
     cfg = self.cfg
+    height, width = latents.shape[2:4]
     space = spatial_table(height // cfg.patch, width // cfg.patch, cfg.head_dim, cfg.rope_theta)
     window = None
     if tables.window_cos is not None and tables.window_sin is not None:
       window = expand((tables.window_cos, tables.window_sin), space)
     rope = expand((tables.cos, tables.sin), space)
     lengths = None if tables.lengths is None else jnp.asarray(tables.lengths)
-    return Cached(tables.level, rope, jnp.asarray(tables.slot), lengths, window)
+    return Cached(tables.level, rope, jnp.asarray(tables.slot), lengths, window, keep)
 
   def denoise(
     self,
@@ -82,7 +83,7 @@ class Denoiser:
     Returns:
       (latents `[B, F, H, W, C]` float32, caches).
     """
-    plan = self.plan(tables, *noise.shape[2:4])
+    plan = self.plan(tables, noise, keep=False)
     model = self.network.bind(params)
     keep = known_mask[:, :, None, None, None]
 
@@ -111,7 +112,7 @@ class Denoiser:
     self, params: PyTree, latents: Array, texts: Texts, caches: Caches, tables: Tables
   ) -> Caches:
     """Writes the clean keys and values of finished latents `[B, F, H, W, C]` into the caches."""
-    plan = self.plan(tables, *latents.shape[2:4])
+    plan = self.plan(tables, latents)
     model = self.network.bind(params)
     timesteps = jnp.zeros(latents.shape[:2], jnp.float32)
     updated = []

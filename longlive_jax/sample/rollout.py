@@ -20,7 +20,8 @@ import numpy as np
 
 from longlive_jax.config import Experiment
 from longlive_jax.model.dit import TextKV
-from longlive_jax.model.kv_cache import SlotState, admit, empty_cache, keep_sink
+from longlive_jax.model.kv_cache import Cache, SlotState, admit, empty_cache, keep_sink
+from longlive_jax.quant.kv import empty_quantised_cache
 from longlive_jax.sample.block import Caches, Denoiser, Texts
 from longlive_jax.sample.latents import block_shape
 from longlive_jax.sample.schedule import SampleState, Schedule, States
@@ -109,18 +110,16 @@ class Engine:
     self.select = jax.jit(_select, donate_argnums=(1,)).lower(rows, caches, caches).compile()
 
   def _empty(self) -> Caches:
-    model = self.experiment.model
+    model, quant = self.experiment.model, self.experiment.quant
     tokens = model.block_latents * self.experiment.latent_tokens
-    cache = functools.partial(
-      empty_cache,
-      model.layers,
-      self.batch,
-      self.schedule.window.slots,
-      tokens,
-      model.heads,
-      model.head_dim,
-      model.dtype,
-    )
+    slots = self.schedule.window.slots
+    shape = (model.layers, self.batch, slots, tokens, model.heads, model.head_dim)
+
+    def cache() -> Cache:
+      if quant.cache == "none":
+        return empty_cache(*shape, model.dtype)
+      return empty_quantised_cache(shape, model.dtype, quant.cache_rule, quant.cache_smoothing)
+
     return tuple(cache() for _ in range(self.branches))
 
   def start(self) -> RolloutState:

@@ -18,12 +18,13 @@ from jax.tree_util import register_dataclass
 from longlive_jax.config import Data, Experiment
 from longlive_jax.data import shapes
 from longlive_jax.model.kv_cache import SlotState, Window, admit, pin_block
+from longlive_jax.model.rope import temporal_table
 from longlive_jax.types import Array
 
 
 @functools.partial(
   register_dataclass,
-  data_fields=["latents", "tokens", "masks", "visible", "positions"],
+  data_fields=["latents", "tokens", "masks", "visible", "cos", "sin"],
   meta_fields=[],
 )
 @dataclasses.dataclass(frozen=True)
@@ -35,14 +36,15 @@ class Bank:
     tokens: int32 `[N, blocks, L]`, the prompt of each block.
     masks: int32 `[N, blocks, L]`, 1 at real tokens.
     visible: int32 `[N, blocks, K]`: the blocks a late block attends to, itself last.
-    positions: float32 `[N, blocks]`, first temporal position of each block, cuts included.
+    cos, sin: float32 `[N, blocks, F_b, P_t]`, temporal rotation of each block, cuts included.
   """
 
   latents: Array
   tokens: Array
   masks: Array
   visible: Array
-  positions: Array
+  cos: Array
+  sin: Array
 
 
 def random_shots(rng: np.random.Generator, blocks: int, most: int) -> list[int]:
@@ -103,15 +105,17 @@ def make_bank(
     shot_of = np.repeat(np.arange(len(shots)), shots)
     prompts += block_prompts(spec, shot_of, cuts, sample.cut_prefix)
     visible.append(visible_blocks(cuts, data.clip_blocks, window, sample.pin_shots))
-    positions.append(np.arange(data.clip_blocks) * f + shot_of * sample.shot_offset_latents)
+    starts = np.arange(data.clip_blocks) * f + shot_of * sample.shot_offset_latents
+    positions.append((starts[:, None] + np.arange(f)) * sample.t_scale)
   ids, mask = tokenize(prompts)
-  shape = (data.clips, data.clip_blocks, -1)
+  shape, model = (data.clips, data.clip_blocks, -1), experiment.model
+  turns = temporal_table(np.concatenate(positions), model.head_dim, model.rope_theta)
   return Bank(
     latents,
     jnp.asarray(ids).reshape(shape),
     jnp.asarray(mask).reshape(shape),
     jnp.asarray(np.stack(visible)),
-    jnp.asarray(np.stack(positions), jnp.float32),
+    *(jnp.asarray(turn).reshape(*shape[:2], *turn.shape[1:]) for turn in turns),
   )
 
 

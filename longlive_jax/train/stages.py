@@ -17,7 +17,7 @@ from longlive_jax.data import shapes
 from longlive_jax.model.attention import TeacherForcing, block_borders
 from longlive_jax.model.flow import training_table
 from longlive_jax.model.module import Network
-from longlive_jax.model.rope import expand, spatial_table, temporal_table
+from longlive_jax.model.rope import expand, spatial_table
 from longlive_jax.sample.sampler import Models
 from longlive_jax.train import autoencoder, clips, teacher_forcing
 from longlive_jax.train.loop import run
@@ -25,7 +25,6 @@ from longlive_jax.train.state import TrainState, apply_gradients, init_state, ma
 from longlive_jax.types import Array, PyTree
 
 STATISTICS_CLIPS = 256  # clips whose latents give the normalisation constants
-FARTHEST = 4096  # temporal positions that the table of a training run holds
 
 
 def train_vae(
@@ -100,26 +99,22 @@ def ar_step(experiment: Experiment, models: Models, optimizer: Any) -> Any:
   f, latents = model.block_latents, data.blocks * model.block_latents
   rows, columns = (n // model.patch for n in (experiment.latent_height, experiment.latent_width))
   space = spatial_table(rows, columns, model.head_dim, model.rope_theta)
-  turns = temporal_table(np.arange(FARTHEST), model.head_dim, model.rope_theta)
-  cos, sin = (jnp.asarray(turn[0]) for turn in turns)
   borders = block_borders(latents, f, experiment.latent_tokens)
 
-  def loss(params: PyTree, batch: teacher_forcing.Batch, plan: TeacherForcing) -> Array:
-    return teacher_forcing.objective(models.dit, params, batch, plan, table, models.ops, cfg.remat)[
-      0
-    ]
+  def loss(params: PyTree, batch: teacher_forcing.Batch, plan: TeacherForcing, key: Array) -> Array:
+    ops = models.ops.with_key(key)
+    return teacher_forcing.objective(models.dit, params, batch, plan, table, ops, cfg.remat)[0]
 
   @functools.partial(jax.jit, donate_argnums=0)
   def step(state: TrainState, bank: clips.Bank) -> tuple[TrainState, dict[str, Array]]:
     key = jax.random.fold_in(jax.random.key(cfg.seed), state.step)
-    pick, noise, levels = jax.random.split(key, 3)
+    pick, noise, levels, rounding = jax.random.split(key, 4)
     clip, blocks = clips.choose(pick, bank, cfg.batch, data)
     take = clip[:, None], blocks
     clean = bank.latents[take].astype(jnp.float32)
     clean = clean.reshape(cfg.batch, latents, *clean.shape[3:])
-    start = bank.positions[take].astype(jnp.int32)
-    positions = (start[..., None] + jnp.arange(f)).reshape(cfg.batch, latents)
-    plan = TeacherForcing(expand((cos[positions], sin[positions]), space), borders)
+    cos, sin = (a[take].reshape(cfg.batch, latents, -1) for a in (bank.cos, bank.sin))
+    plan = TeacherForcing(expand((cos, sin), space), borders)
     tokens, masks = (a[take].reshape(-1, a.shape[-1]) for a in (bank.tokens, bank.masks))
     batch = teacher_forcing.Batch(
       clean=clean,
@@ -129,7 +124,7 @@ def ar_step(experiment: Experiment, models: Models, optimizer: Any) -> Any:
       pieces=data.blocks,
       first=clean[:, :1] if cfg.first_latent else None,
     )
-    value, gradients = jax.value_and_grad(loss)(state.params, batch, plan)
+    value, gradients = jax.value_and_grad(loss)(state.params, batch, plan, rounding)
     return apply_gradients(state, gradients, optimizer, cfg), {"loss": value}
 
   return step

@@ -77,12 +77,11 @@ class Runner:
   def __init__(self, archive: Mapping[str, np.ndarray], config: dict):
     self.cfg, self.network, self.params = load(archive, config)
     denoiser = Denoiser(self.network, self.cfg, solvers.plan("euler", 1, self.cfg.shift))
-    height, width = config["H"], config["W"]
 
     def step(
       params: PyTree, x: Array, t: Array, text: TextKV, cache: KVCache, tables: Tables
     ) -> tuple[Array, KVCache]:
-      plan = denoiser.plan(tables, height, width)
+      plan = denoiser.plan(tables, x)
       return self.network.bind(params)(x, t, text, plan, cache=cache)
 
     self.step = jax.jit(step, donate_argnums=(4,))

@@ -15,7 +15,6 @@ from tests.parity.records import Compared, Refused, as_record
 FOLDER = Path(__file__).parent
 # sets of parts that this version does not have
 NOT_BUILT = {
-  "kvquant": "there is no quantised cache yet",
   "train_dmd": "there is no distillation yet",
   "error_buffer": "there is no error buffer yet",
 }

@@ -271,7 +271,7 @@ def forward(made: Made, tables: object) -> object:
   rollout = made[0]
 
   def run(params: PyTree, x: Array, times: Array, text: object, cache: object) -> Array:
-    plan = rollout.denoiser.plan(tables, 2, 4)
+    plan = rollout.denoiser.plan(tables, x)
     return rollout.denoiser.network.bind(params)(x, times, text, plan, cache=cache)[0]
 
   return run
