@@ -35,6 +35,12 @@ def sampler() -> Sampler:
   return made
 
 
+@pytest.fixture(autouse=True)
+def nothing_compiled_by_others() -> None:
+  """Forgets the small functions that other tests have already compiled."""
+  jax.clear_caches()
+
+
 def test_the_counter_counts():
   with counting() as counts:
     jax.jit(lambda x: 3 * x + 1)(jnp.ones(()))
