@@ -39,10 +39,11 @@ def quotient(a: Array | float, b: Array | float) -> Array:
     a: float32 or a constant.
     b: float32, or a constant of at most 12 significant bits.
   """
+  a = jnp.asarray(a, jnp.float32)
   return refine(a * np.float32(1 / b) if isinstance(b, float) else a / b, a, b)
 
 
-def refine(guess: Array, a: Array | float, b: Array | float) -> Array:
+def refine(guess: Array, a: Array, b: Array | float) -> Array:
   """`a / b` from a guess that is a few ulp off; see `quotient`.
 
   The remainder `a - guess * b` is exact, since the products of halves of the bits are, whether or

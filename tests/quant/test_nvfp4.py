@@ -22,6 +22,8 @@ from longlive_jax.quant.nvfp4 import (
 from longlive_jax.quant.qtensor import QTensor, transposed
 from longlive_jax.quant.rounding import rotate
 from longlive_jax.quant.rules import RULES, find_rule
+from longlive_jax.quant.semantics import in_order
+from tests.parity.runner import check_file
 from tests.quant import naive
 
 EXAMPLE = """0.10986328 -0.51953125 1.3671875 0 -2.046875 0.73046875 0.25976562 -0.91015625 3.015625
@@ -124,6 +126,16 @@ def test_a_fused_square_is_rounded_once():
   once = (wide * wide + b).astype(np.float32)
   np.testing.assert_array_equal(jax.jit(ieee.square_add)(a, b), once)
   assert np.any(once != a * a + b)
+
+
+@pytest.mark.parametrize("rows", [1, 16])
+@pytest.mark.parametrize("rule", ["mse", "mae", "abs_max"])
+def test_errors_are_summed_in_the_stated_order(rows, rule):
+  residual = np.random.default_rng(2).normal(size=(40, rows, 3, 16)).astype(np.float32)
+  total = np.asarray(jax.jit(in_order, static_argnums=1)(residual, find_rule(rule).error))
+  assert total.shape == (40, 1, 3, 1)
+  for i, j in np.ndindex(40, 3):
+    assert total[i, 0, j, 0] == naive.error(residual[i, :, j], rule)
 
 
 @pytest.mark.parametrize("rule", ["mse", "static_6"])
@@ -336,3 +348,12 @@ def test_what_cannot_be_quantised_is_refused():
     quantise(x, Spec(), amax=jnp.ones(2))
   with pytest.raises(ValueError, match="has no fake quantisation"):
     fake_quantise(x, Spec(hadamard=True))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", ["nvfp4_dev", "nvfp4_blocks_dev"])
+def test_the_gpu_has_the_recorded_bits(golden, name):
+  ieee.check_device()
+  report = check_file(golden / f"{name}.npz")
+  assert not report.problem
+  assert not [record.name for record in report.compared if not record.passed]
