@@ -220,8 +220,7 @@ class DiT(nnx.Module):
       context_timesteps: `[B, F]`; default 0.
       pieces: prompts a sample; each half of the tokens is cut into as many equal runs.
       head: False stops after the layers (a pass that only fills the cache).
-      remat: what the backward pass recomputes: none | dots (all but products
-        and attention) | full.
+      remat: the backward pass recomputes: none | dots (all but products and attention) | full.
       ops: matmul, attend, norm.
 
     Returns:

@@ -1,5 +1,6 @@
 """What a user may get wrong: one line on stderr that names it, an exit code, and nothing made."""
 
+import itertools
 import json
 import os
 import resource
@@ -52,12 +53,14 @@ def write_script(folder: Path, **changes: object) -> None:
 
 @pytest.fixture
 def refused(sample, here) -> Callable[..., None]:
-  """Checks that `launch.sample` refuses: `refused(line, *arguments)`."""
+  """Checks that `launch.sample` refuses, before it builds a network unless `late`."""
 
-  def check(line: str, *arguments: str) -> None:
+  def check(line: str, *arguments: str, late: bool = False) -> None:
     before = contents(here)
     defaults = (f"--script={here / 'script.json'}", f"--out={here / 'out' / 'video.mp4'}")
-    assert_refused(sample(*defaults, *arguments), line)
+    done = sample(*defaults, *arguments)
+    assert_refused(done, line)
+    assert ("attention: jnp" in done.stdout) == late
     assert contents(here) == before
 
   return check
@@ -122,7 +125,7 @@ def test_a_script_that_is_missing(refused, here):
 
 def test_a_prompt_that_is_too_long_names_how_many_tokens_fit(refused, here):
   write_script(here, prompt="a red circle " * 20)
-  refused("112", "--config.model.text.length=112")
+  refused("112", "--config.model.text.length=112", late=True)
 
 
 def test_images(refused, here):
@@ -139,7 +142,7 @@ def test_videos_to_extend(refused, here):
   (here / "text.mp4").write_text("not a video")
   refused(f"video '{here / 'text.mp4'}' cannot be read", f"--extend={here / 'text.mp4'}")
   write_video(here / "short.mp4", [np.zeros((3, 32, 32, 3), np.uint8)], 24)
-  refused("has 3 frames; it must have at least 5", f"--extend={here / 'short.mp4'}")
+  refused("has 3 frames; it must have at least 5", f"--extend={here / 'short.mp4'}", late=True)
   image = f"--image={here / 'image.png'}"
   refused("are both given", f"--extend={here / 'short.mp4'}", image)
   (here / "script.json").write_text('{"image": "image.png", "shots": [{"prompt": "a"}]}')
@@ -168,14 +171,14 @@ def test_an_output_where_access_is_denied(refused, here, monkeypatch):
 
 
 def test_checkpoints(refused, here, checkpoint):
-  refused("io.checkpoint='none' is neither", "--config.io.checkpoint=none")
-  refused("io.checkpoint=", f"--config.io.checkpoint={here / 'out'}")
+  refused("io.checkpoint='none' is neither", "--config.io.checkpoint=none", late=True)
+  refused("io.checkpoint=", f"--config.io.checkpoint={here / 'out'}", late=True)
   larger = "'dit/head/modulation' has shape (2, 24) in the checkpoint but (2, 48)"
-  refused(larger, "--config.model.width=48")
-  refused("model.width=24 there, 48 here", "--config.model.width=48")
+  refused(larger, "--config.model.width=48", late=True)
+  refused("model.width=24 there, 48 here", "--config.model.width=48", late=True)
   shutil.copytree(checkpoint, here / "part")
   shutil.rmtree(here / "part" / "vae")
-  refused("has no weights of 'vae'", f"--config.io.checkpoint={here / 'part'}")
+  refused("has no weights of 'vae'", f"--config.io.checkpoint={here / 'part'}", late=True)
 
 
 def test_a_checkpoint_with_nan(refused, here, checkpoint):
@@ -186,7 +189,7 @@ def test_a_checkpoint_with_nan(refused, here, checkpoint):
   params["dit"]["layers"]["ffn"]["up"]["kernel"] = kernel.at[1, 2, 3].set(jnp.nan)
   save_params(here / "nan", params, read_config(checkpoint), {})
   line = f"weights 'dit/layers/1/ffn/up/kernel' in '{here / 'nan'}' are not finite"
-  refused(line, f"--config.io.checkpoint={here / 'nan'}")
+  refused(line, f"--config.io.checkpoint={here / 'nan'}", late=True)
 
 
 def command(checkpoint: Path, *arguments: str) -> list[str]:
@@ -211,8 +214,9 @@ FORMS = ("video.mp4", "video.gif", "frames", "f_%05d.png")
 
 
 def spoil_after_a_block(monkeypatch: pytest.MonkeyPatch, spoil: Callable[[], None]) -> None:
-  """Makes the next `launch.sample` do something when its first block is there."""
-  monkeypatch.setattr(tqdm, "update", lambda bar, n=1: spoil())
+  """Makes the next `launch.sample` do something when one block is written and the next is there."""
+  blocks = itertools.count()
+  monkeypatch.setattr(tqdm, "update", lambda bar, n=1: spoil() if next(blocks) else None)
 
 
 @pytest.fixture
