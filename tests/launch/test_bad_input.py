@@ -125,7 +125,9 @@ def test_a_script_that_is_missing(refused, here):
 
 def test_a_prompt_that_is_too_long_names_how_many_tokens_fit(refused, here):
   write_script(here, prompt="a red circle " * 20)
-  refused("112", "--config.model.text.length=112", late=True)
+  tokens = len("a red circle " * 20) - 1 + 1  # bytes, but for the last blank; and the end token
+  line = f"has {tokens} tokens (end token included); model.text.length=112 is the most"
+  refused(line, "--config.model.text.length=112", late=True)
 
 
 def test_images(refused, here):
