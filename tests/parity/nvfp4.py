@@ -13,6 +13,7 @@ from longlive_jax.quant.qtensor import QTensor, to_tiles
 from longlive_jax.quant.rounding import hadamard_matrix, rotate
 from longlive_jax.quant.rules import find_rule
 from longlive_jax.quant.semantics import Semantics
+from tests.parity import nvfp4_linear
 from tests.parity.records import Compared, Refused, compare, compare_share
 from tests.parity.semantics import REFERENCE, given_noise
 
@@ -43,6 +44,7 @@ def check(archive: Mapping[str, np.ndarray], config: dict) -> Iterator[Compared 
       yield from check_case(archive, match)
   for name in sorted(n for n in archive if n.startswith("matmul/")):
     yield check_product(archive, name)
+  yield from nvfp4_linear.check(archive)
 
 
 def check_case(archive: Mapping[str, np.ndarray], match: re.Match[str]) -> Iterator[Compared]:

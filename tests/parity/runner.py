@@ -18,7 +18,7 @@ NOT_BUILT = {
   "train_dmd": "there is no distillation yet",
   "error_buffer": "there is no error buffer yet",
 }
-HELPERS = ("__init__", "__main__", "networks", "records", "runner", "semantics")
+HELPERS = ("__init__", "__main__", "networks", "nvfp4_linear", "records", "runner", "semantics")
 UNREADABLE = (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error)
 WRONG_LAYOUT = (ArithmeticError, AttributeError, LookupError, TypeError, ValueError)
 
