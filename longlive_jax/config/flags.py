@@ -7,14 +7,13 @@ What a program tells goes to stdout; stderr has progress bars, warnings and the 
 error.
 """
 
-import contextlib
 import functools
 import importlib.util
 import logging
 import re
 import signal
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -92,16 +91,16 @@ def run_main(main: Callable[[list[str]], object], *, default_config: str = "") -
   def parse(argv: Sequence[str]) -> list[str]:
     return one_line_errors(lambda: parse_flags(list(argv), default_config))
 
-  with tidy_output():
-    app.run(lambda argv: one_line_errors(lambda: main(argv)), flags_parser=parse)
+  tidy_output()
+  app.run(lambda argv: one_line_errors(lambda: main(argv)), flags_parser=parse)
 
 
-@contextlib.contextmanager
-def tidy_output() -> Iterator[None]:
+def tidy_output() -> None:
   """Sends what our modules log at level INFO to stdout; that of other libraries is left out.
 
   So are the tracebacks that Orbax leaves behind when it reads damaged files, in its log, that of
-  asyncio and as exceptions of its threads: what is raised tells of them in one line.
+  asyncio and as exceptions of its threads: what is raised tells of them in one line. They may come
+  as late as the end of the process, so this is never undone.
   """
   logger, stderr = absl_logging.get_absl_logger(), absl_logging.get_absl_handler()
 
@@ -119,11 +118,6 @@ def tidy_output() -> Iterator[None]:
   logger.addHandler(told)
   stderr.addFilter(is_said)
   sys.unraisablehook = functools.partial(drop_closed_loops, sys.unraisablehook)
-  try:
-    yield
-  finally:
-    logger.removeHandler(told)
-    stderr.removeFilter(is_said)
 
 
 def drop_closed_loops(hook: Callable[[Any], object], unraisable: Any) -> None:

@@ -58,7 +58,7 @@ def test_shipped_configurations_are_sound(source):
   config = load_config(source)
   assert from_json(to_json(config)) == config
   assert hash(config) == hash(from_json(to_json(config)))
-  assert config.train.first_latent == source.endswith("i2v")
+  assert config.train.first_latent_share == float(source.endswith("i2v"))
 
 
 def test_a_sealed_experiment_cannot_be_written():
@@ -222,14 +222,27 @@ def test_installed_configurations_are_found_from_anywhere(tmp_path, monkeypatch)
 
 
 PROGRAM = """
+import asyncio
+import atexit
 import sys
 from absl import flags
 from longlive_jax.config.load import define_config_flag, from_flags, run_main
 CONFIG = define_config_flag()
 assert define_config_flag().name == CONFIG.name
 FAIL = flags.DEFINE_string("fail", "", "how to fail")
+KEPT = []
+def forget_a_failed_task():  # it complains when it is collected, at the very end
+  async def fail():
+    raise RuntimeError("of a task")
+  loop = asyncio.new_event_loop()
+  KEPT.append(loop.create_task(fail()))
+  loop.run_until_complete(asyncio.sleep(0))
+  atexit.register(KEPT.clear)
 def main(argv):
   config = from_flags(CONFIG.value)
+  if FAIL.value == "late":
+    forget_a_failed_task()
+    raise ValueError("the only line")
   if FAIL.value == "missing":
     open("/none/such")
   if FAIL.value == "diverged":
@@ -303,6 +316,7 @@ def test_flags_override_the_file(root):
     (["--config"], "--config needs a file", 2),
     (["--fial=x"], "Unknown command line flag 'fial'. Did you mean: fail ?", 2),
     (["stray"], "unexpected argument 'stray'", 2),
+    (["--fail=late"], "the only line", 2),
     (["--fail=diverged"], "the loss is nan", 2),
     (["--fail=missing"], "/none/such: No such file or directory", 2),
     (["--fail=value"], "two lines", 2),

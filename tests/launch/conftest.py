@@ -46,6 +46,8 @@ def program(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch)
     module = importlib.import_module(f"launch.{name}")
     module = importlib.reload(module) if "config" not in flags.FLAGS else module
     terminate, hook = signal.getsignal(signal.SIGTERM), sys.unraisablehook
+    logger, stderr = absl_logging.get_absl_logger(), absl_logging.get_absl_handler()
+    handlers, filters = logger.handlers[:], stderr.filters[:]
     verbosity = absl_logging.get_verbosity()
     absl_logging.set_verbosity(absl_logging.INFO)  # as in a process of its own
     monkeypatch.setattr(sys, "argv", [f"launch/{name}.py", *arguments])
@@ -57,6 +59,7 @@ def program(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch)
     finally:
       signal.signal(signal.SIGTERM, terminate)
       sys.unraisablehook = hook
+      logger.handlers[:], stderr.filters[:] = handlers, filters
       absl_logging.set_verbosity(verbosity)
     out, err = capsys.readouterr()
     return Outcome(int(ended.value.code or 0), out, err)
