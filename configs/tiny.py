@@ -56,8 +56,8 @@ def get_config(variant: str = "") -> Experiment:
 
 
 def first_latent(config: Experiment) -> None:
-  """Image to video: the first latent is given and carries no loss."""
-  config.train.first_latent = True
+  """Image to video alone: the first latent is given in all samples, and carries no loss."""
+  config.train.first_latent_share = 1.0
 
 
 def train_vae(config: Experiment) -> None:
@@ -65,8 +65,8 @@ def train_vae(config: Experiment) -> None:
   config.io.checkpoint = ""
   config.train = Train(
     stage="vae",
-    steps=6000,
-    batch=64,
+    steps=3000,
+    batch=32,
     lr=2e-3,
     final_lr_fraction=0.02,
     warmup_steps=200,
@@ -79,19 +79,23 @@ def train_vae(config: Experiment) -> None:
 
 
 def train_ar(config: Experiment) -> None:
-  """Stage "ar"; `io.checkpoint` must name the result of stage "vae"."""
+  """Stage "ar"; `io.checkpoint` must name the result of stage "vae".
+
+  Most samples are text to video; a share of them is given its first latent.
+  """
   config.model.dtype = "bfloat16"
-  config.data.far_share = 0.5
+  config.data.clips, config.data.far_share = 8192, 0.5
   config.train = Train(
     stage="ar",
-    steps=20000,
-    batch=256,
-    lr=1e-3,
+    steps=9000,
+    batch=128,
+    lr=1.5e-3,
     final_lr_fraction=0.02,
-    warmup_steps=500,
+    warmup_steps=300,
     beta1=0.9,
     beta2=0.99,
     weight_decay=0.01,
     clip_norm=1.0,
     ema=0.999,
+    first_latent_share=0.15,
   )

@@ -25,7 +25,7 @@ def get_config(variant: str = "") -> Experiment:
   train.beta1, train.beta2 = 0.0, 0.999
   train.weight_decay = 0.0
   train.ema, train.ema_start_step = 0.99, 100
-  train.first_latent = variant == "i2v"
+  train.first_latent_share = float(variant == "i2v")
   config.io.checkpoint_every_steps = 15
   config.io.keep_checkpoints = 20
   return config

@@ -108,7 +108,7 @@ def ar_step(experiment: Experiment, models: Models, optimizer: Any) -> Any:
   @functools.partial(jax.jit, donate_argnums=0)
   def step(state: TrainState, bank: clips.Bank) -> tuple[TrainState, dict[str, Array]]:
     key = jax.random.fold_in(jax.random.key(cfg.seed), state.step)
-    pick, noise, levels, rounding = jax.random.split(key, 4)
+    pick, noise, levels, given, rounding = jax.random.split(key, 5)
     clip, blocks = clips.choose(pick, bank, cfg.batch, data)
     take = clip[:, None], blocks
     clean = bank.latents[take].astype(jnp.float32)
@@ -122,7 +122,8 @@ def ar_step(experiment: Experiment, models: Models, optimizer: Any) -> Any:
       timesteps=teacher_forcing.block_timesteps(levels, cfg.batch, latents, f, table),
       prompts=models.text.bind(models.params["text"])(tokens, masks),
       pieces=data.blocks,
-      first=clean[:, :1] if cfg.first_latent else None,
+      first=clean[:, :1] if cfg.first_latent_share else None,
+      given=jax.random.bernoulli(given, cfg.first_latent_share, (cfg.batch,)),
     )
     value, gradients = jax.value_and_grad(loss)(state.params, batch, plan, rounding)
     return apply_gradients(state, gradients, optimizer, cfg), {"loss": value}

@@ -23,7 +23,9 @@ from longlive_jax.types import Array, PyTree
 
 @functools.partial(
   register_dataclass,
-  data_fields=["clean", "noise", "timesteps", "prompts", "first", "context_timesteps", "mask"],
+  data_fields=[
+    *("clean", "noise", "timesteps", "prompts", "first", "given", "context_timesteps", "mask")
+  ],
   meta_fields=["pieces"],
 )
 @dataclasses.dataclass(frozen=True)
@@ -37,6 +39,7 @@ class Batch:
     prompts: embeddings `[B * P, L, E_text]`, sample-major.
     pieces: P, prompts a sample.
     first: image-to-video: the given first latent `[B, 1, H, W, C]`; it carries no loss.
+    given: bool `[B]`, the samples to which `first` is given; None = all.
     context_timesteps: noise level of the context `[B, F]`; None = clean, labelled 0.
     mask: `[B, F]`, weight of each latent in the loss; None = all.
   """
@@ -47,6 +50,7 @@ class Batch:
   prompts: Array
   pieces: int = 1
   first: Array | None = None
+  given: Array | None = None
   context_timesteps: Array | None = None
   mask: Array | None = None
 
@@ -60,12 +64,19 @@ def block_timesteps(
   return jnp.repeat(jnp.asarray(table.timesteps)[index], block_latents, 1)
 
 
+def given_latents(batch: Batch) -> Array:
+  """bool `[B, F]`: latents that are given, the first one of some samples."""
+  samples, latents = batch.timesteps.shape
+  given = jnp.ones(samples, bool) if batch.given is None else batch.given
+  return given[:, None] & (jnp.arange(latents) == 0)
+
+
 def loss_mask(batch: Batch) -> Array | None:
-  """Mask of the loss with the given first latent taken out; None = every latent counts."""
+  """Mask of the loss with given latents taken out; None = every latent counts."""
   if batch.first is None:
     return batch.mask
   mask = jnp.ones_like(batch.timesteps) if batch.mask is None else batch.mask
-  return mask.at[:, 0].set(0.0)
+  return jnp.where(given_latents(batch), 0.0, mask)
 
 
 class Inputs(NamedTuple):
@@ -89,11 +100,13 @@ def prepare(batch: Batch, table: flow.Table) -> Inputs:
   if times is not None:
     context = flow.add_noise(batch.clean, batch.noise, flow.sigma_at(table, times))
   if batch.first is not None:
-    noisy, context = (x.at[:, :1].set(batch.first) for x in (noisy, context))
-    target = target.at[:, 0].set(0.0)
-    timesteps = timesteps.at[:, 0].set(0.0)
-    sigmas = sigmas.at[:, 0].set(flow.sigma_at(table, 0.0))
-    times = None if times is None else times.at[:, 0].set(0.0)
+    given = given_latents(batch)
+    wide = given[..., None, None, None]
+    noisy, context = (jnp.where(wide, batch.first, x) for x in (noisy, context))
+    target = jnp.where(wide, 0.0, target)
+    timesteps = jnp.where(given, 0.0, timesteps)
+    sigmas = jnp.where(given, flow.sigma_at(table, 0.0), sigmas)
+    times = None if times is None else jnp.where(given, 0.0, times)
   return Inputs(noisy, context, target, timesteps, times, sigmas, weights)
 
 

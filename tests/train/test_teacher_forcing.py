@@ -14,7 +14,7 @@ from longlive_jax.model.flow import training_table
 from longlive_jax.model.rope import expand, spatial_table, temporal_table
 from longlive_jax.model.vae import declare_vae
 from longlive_jax.train import autoencoder
-from longlive_jax.train.teacher_forcing import Batch, block_timesteps, objective, prepare
+from longlive_jax.train.teacher_forcing import Batch, block_timesteps, loss_mask, objective, prepare
 
 CFG = Model(
   width=24,
@@ -86,7 +86,13 @@ def test_a_given_first_latent_is_clean_in_both_halves(batch: Batch):
   for times in (inputs.timesteps, inputs.context_timesteps):
     assert (times[:, 0] == 0).all() and (times[:, 1:] > 0).all()
   assert (inputs.target[:, 0] == 0).all()
+  some = prepare(dataclasses.replace(given, given=jnp.array([False, True])), TABLE)
   plain = prepare(batch, TABLE)
+  np.testing.assert_array_equal(some.noisy[0], plain.noisy[0])
+  np.testing.assert_array_equal(some.noisy[1], inputs.noisy[1])
+  assert some.timesteps[0, 0] > 0 and some.timesteps[1, 0] == 0
+  mask = loss_mask(dataclasses.replace(given, given=jnp.array([False, True])))
+  np.testing.assert_array_equal(mask, [[1, 1, 1, 1], [0, 1, 1, 1]])
   np.testing.assert_array_equal(plain.context, batch.clean)
   np.testing.assert_array_equal(plain.noisy[:, 1:], inputs.noisy[:, 1:])
 
