@@ -258,12 +258,15 @@ def test_an_interruption_leaves_nothing(sample, here, monkeypatch, name):
 def test_a_signal_midway(here, checkpoint, number, code):
   write_script(here, blocks=100_000)
   script, out = f"--script={here / 'script.json'}", f"--out={here / 'out' / 'video.mp4'}"
-  child = subprocess.Popen(command(checkpoint, script, out), stderr=subprocess.PIPE)
-  while child.poll() is None and not contents(here / "out"):
-    time.sleep(0.01)
-  assert contents(here / "out")[0].startswith(".video.partial")
-  child.send_signal(number)
-  errors = child.communicate(timeout=60)[1].decode()
+  with subprocess.Popen(command(checkpoint, script, out), stderr=subprocess.PIPE) as child:
+    try:
+      while child.poll() is None and not contents(here / "out"):
+        time.sleep(0.01)
+      assert contents(here / "out")[0].startswith(".video.partial")
+      child.send_signal(number)
+      errors = child.communicate(timeout=60)[1].decode()
+    finally:
+      child.kill()
   assert child.returncode == code, errors
   assert "Traceback" not in errors and "Exception" not in errors
   assert errors.endswith("interrupted\n") == (number == signal.SIGINT)
