@@ -19,7 +19,8 @@ ATTENTIONS = ("auto", "cudnn", "jnp")
 SOLVERS = ("unipc", "dpmpp", "euler")
 STAGES = ("vae", "ar")
 REMATS = ("none", "dots", "full")
-PRECISIONS = ("none", "nvfp4")
+PRECISIONS = ("none", "nvfp4", "fp8")
+CACHES = ("none", "nvfp4")
 SCALE_RULES = ("static_6", "static_4", "mse", "mae", "abs_max")
 SMOOTHINGS = ("none", "tokens", "original")
 WEIGHT_BLOCKS = ("1x16", "16x16")
@@ -177,7 +178,7 @@ def check_shortcuts(sizes: tuple[int, ...], times: tuple[bool, ...]) -> None:
 def check_quant(quant: Quant) -> None:
   """Precision of the linear layers."""
   check_choice("quant.linears", quant.linears, PRECISIONS)
-  check_choice("quant.cache", quant.cache, PRECISIONS)
+  check_choice("quant.cache", quant.cache, CACHES)
   check_choice("quant.cache_smoothing", quant.cache_smoothing, SMOOTHINGS)
   for name in ("weights", "activations", "gradients", "cache_rule"):
     check_choice(f"quant.{name}", getattr(quant, name), SCALE_RULES)

@@ -104,7 +104,7 @@ class Video(Section):
 class Quant(Section):
   """Low precision of the transformer's linear layers and of its cache."""
 
-  linears: str = "none"  # none | nvfp4
+  linears: str = "none"  # none | nvfp4 | fp8 (sampling only)
   layers: tuple[
     str, ...
   ] = (  # regular expressions of whole paths; a path is quantised by the first

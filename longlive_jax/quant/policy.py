@@ -8,13 +8,17 @@ Source: spec/nvfp4.md section 5.1.
 """
 
 import dataclasses
+import functools
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from typing import Any
 
 import jax
 
 from longlive_jax.config import Quant
 from longlive_jax.model.ops import Matmul, Ops
+from longlive_jax.quant import fp8
+from longlive_jax.quant.fp8 import Rows, fp8_matmul
 from longlive_jax.quant.matmul import Recipe, nvfp4_recipe, quantise_weight, quantised_matmul
 from longlive_jax.quant.nvfp4 import Spec
 from longlive_jax.quant.qtensor import QTensor
@@ -53,7 +57,9 @@ def selected(paths: Iterable[str], patterns: tuple[str, ...]) -> frozenset[str]:
 
 def linear_paths(params: PyTree) -> list[str]:
   """Paths of the linear layers of a transformer's parameters: what holds a kernel."""
-  leaves = jax.tree_util.tree_leaves_with_path(params, is_leaf=lambda a: isinstance(a, QTensor))
+  leaves = jax.tree_util.tree_leaves_with_path(
+    params, is_leaf=lambda a: isinstance(a, QTensor | Rows)
+  )
   names = ["/".join(str(key.key) for key in path) for path, _ in leaves]
   return [name.removesuffix(f"/{KERNEL}") for name in names if name.endswith(f"/{KERNEL}")]
 
@@ -72,31 +78,44 @@ def quantised_ops(ops: Ops, quant: Quant, params: PyTree) -> Ops:
   if quant.linears == "none":
     return ops
   chosen = selected(linear_paths(params), quant.layers)
-  return dataclasses.replace(ops, matmul=matmul_of(recipe_of(quant), chosen, ops.matmul))
+  return dataclasses.replace(ops, matmul=matmul_of(product_of(quant), chosen, ops.matmul))
 
 
-def matmul_of(recipe: Recipe, chosen: frozenset[str], otherwise: Matmul) -> Matmul:
+Weight = Array | QTensor | Rows
+Product = Callable[[Array, Any, Array | None, Array | None], Array]
+
+
+def product_of(quant: Quant) -> Product:
+  """The product `(x, w, bias, key) -> y` of a configuration."""
+  if quant.linears == "fp8":
+    return lambda x, w, bias, key: fp8_matmul(x, w, bias)
+  return functools.partial(quantised_matmul, recipe_of(quant))
+
+
+def matmul_of(product: Product, chosen: frozenset[str], otherwise: Matmul) -> Matmul:
   """The product that quantises the layers of the chosen paths."""
 
-  def matmul(
-    x: Array, w: Array | QTensor, bias: Array | None, *, path: str, key: Array | None
-  ) -> Array:
-    if path in chosen or isinstance(w, QTensor):
-      return quantised_matmul(recipe, x, w, bias, key)
+  def matmul(x: Array, w: Weight, bias: Array | None, *, path: str, key: Array | None) -> Array:
+    if path in chosen or isinstance(w, QTensor | Rows):
+      return product(x, w, bias, key)
     return otherwise(x, w, bias, path=path, key=key)
 
   return matmul
 
 
 def quantise_params(params: PyTree, quant: Quant) -> PyTree:
-  """Replaces the kernels `[..., in, out]` of the chosen layers by QTensors, exactly quantised."""
+  """Replaces the kernels `[..., in, out]` of the chosen layers by quantised ones `[..., out, in]`.
+
+  NVFP4 is exact: weights agree byte for byte wherever they are quantised.
+  """
   if quant.linears == "none":
     return params
   chosen = selected(linear_paths(params), quant.layers)
   spec = Spec(quant.weights, two_d=quant.weight_blocks == "16x16", exact=True)
-  quantise = jax.jit(lambda w: quantise_weight(w, spec))
+  nvfp4 = functools.partial(quantise_weight, spec=spec)
+  quantise = jax.jit(fp8.quantise_weight if quant.linears == "fp8" else nvfp4)
 
-  def replace(path: tuple, leaf: Array) -> Array | QTensor:
+  def replace(path: tuple[Any, ...], leaf: Array) -> Weight:
     name = "/".join(str(key.key) for key in path)
     is_chosen = name.removesuffix(f"/{KERNEL}") in chosen and name.endswith(f"/{KERNEL}")
     return quantise(leaf) if is_chosen else leaf

@@ -101,6 +101,16 @@ def test_only_the_chosen_layer_is_quantised(params: PyTree):
   assert sum(isinstance(a, QTensor) for a in kinds) == 1
 
 
+def test_fp8_weights_ahead_give_what_weights_on_the_way_give(params: PyTree):
+  quant = Quant(linears="fp8")
+  packed = quantise_params(params, quant)
+  assert packed["layers"]["ffn"]["up"]["kernel"].values.dtype == jnp.float8_e4m3fn
+  assert linear_paths(packed) == linear_paths(params)
+  out, plain = run(params, quant), run(params, Quant())
+  np.testing.assert_allclose(run(packed, quant), out, atol=1e-3 * float(jnp.max(jnp.abs(out))))
+  assert 1e-4 < float(jnp.linalg.norm(out - plain) / jnp.linalg.norm(plain)) < 0.1
+
+
 def test_each_layer_and_path_has_its_own_noise(params: PyTree):
   quant = Quant(linears="nvfp4")
   gradient = jax.jit(jax.grad(lambda p, key: jnp.sum(run(p, quant, key) ** 2)), static_argnums=())
