@@ -8,6 +8,7 @@ precision) are paired: `--against=other.json` adds the paired difference with it
 
 import json
 import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import jax
@@ -22,6 +23,7 @@ from longlive_jax.data import shapes
 from longlive_jax.data.prompts import Script, Shot
 from longlive_jax.eval import shapes_score
 from longlive_jax.io.atomic import check_writable, replacing
+from longlive_jax.sample.latents import split_blocks
 
 CONFIG = define_config_flag()
 SCRIPTS = flags.DEFINE_integer("scripts", 128, "scripts to generate", lower_bound=1)
@@ -31,6 +33,12 @@ FIRST_SEED = flags.DEFINE_integer(
 SHOTS = flags.DEFINE_integer("shots", 4, "shots a script", lower_bound=1)
 BLOCKS = flags.DEFINE_integer("blocks", 4, "blocks a shot", lower_bound=1)
 BATCH = flags.DEFINE_integer("batch", 1, "scripts generated at a time", lower_bound=1)
+SOURCE = flags.DEFINE_enum(
+  "source",
+  "model",
+  ["model", "real", "vae"],
+  "what is scored: generated videos, or, as controls, real clips, or those passed through the VAE",
+)
 OUT = flags.DEFINE_string("out", "outputs/score.json", "file to write")
 AGAINST = flags.DEFINE_string("against", None, "score file to compare with, script by script")
 SAME = ("scripts", "first_seed", "shots", "blocks")  # flags that make the scripts
@@ -69,32 +77,65 @@ def read_against(path: str) -> list[shapes_score.Result]:
   return results
 
 
-def evaluate(experiment: Experiment) -> dict[str, object]:
-  """Generates and scores all scripts."""
-  other = read_against(AGAINST.value) if AGAINST.value else None
+Frames = Callable[[Sequence[shapes.ClipSpec], Sequence[int]], np.ndarray]
+
+
+def source_of(experiment: Experiment) -> Frames:
+  """What makes the videos `[B, T, H, W, 3]` of some clips and their seeds."""
+  if SOURCE.value == "real":
+    return lambda clips, seeds: np.stack([shapes.render(c, experiment.video) for c in clips])
   pipeline = Pipeline.from_config(experiment)
+  if SOURCE.value == "vae":
+    return lambda clips, seeds: np.stack([through_vae(pipeline, clip) for clip in clips])
   pipeline.prepare(BATCH.value)
+
+  def generate(clips: Sequence[shapes.ClipSpec], seeds: Sequence[int]) -> np.ndarray:
+    scripts = [to_script(clip, seed) for clip, seed in zip(clips, seeds, strict=True)]
+    first = seeds[0] - FIRST_SEED.value
+    return np.concatenate(list(pipeline.stream_batch(scripts, first_index=first)), 1)
+
+  return generate
+
+
+def through_vae(pipeline: Pipeline, clip: shapes.ClipSpec) -> np.ndarray:
+  """The frames of a clip, encoded and decoded."""
+  latents = pipeline.encode_video(shapes.render(clip, pipeline.experiment.video))
+  decoder, parts, state = pipeline.prepare().decoder, [], None
+  for block in split_blocks(latents[None], decoder.block_shape):
+    frames, state = decoder.decode(block, state)
+    parts.append(np.asarray(frames)[0])
+  return np.concatenate(parts)
+
+
+def evaluate(experiment: Experiment) -> dict[str, object]:
+  """Makes and scores all videos."""
+  other = read_against(AGAINST.value) if AGAINST.value else None
+  make = source_of(experiment)
   seeds = range(FIRST_SEED.value, FIRST_SEED.value + SCRIPTS.value)
-  results, seconds, frames_made = [], 0.0, 0
+  readings, specs, seconds, frames_made = [], [], 0.0, 0
   for start in tqdm(range(0, SCRIPTS.value, BATCH.value), unit="batch"):
     group = seeds[start : start + BATCH.value]
     clips = [draw_clip(experiment, seed) for seed in group]
-    scripts = [to_script(clip, seed) for clip, seed in zip(clips, group, strict=True)]
     began = time.perf_counter()
-    frames = np.concatenate(list(pipeline.stream_batch(scripts, first_index=start)), 1)
+    frames = make(clips, group)
     seconds += time.perf_counter() - began
     frames_made += frames.shape[0] * frames.shape[1]
-    results += [shapes_score.score_clip(f, c) for f, c in zip(frames, clips, strict=True)]
+    specs += clips
+    readings += [shapes_score.read_clip(f, c) for f, c in zip(frames, clips, strict=True)]
+  results = [shapes_score.compare_clip(r, c) for r, c in zip(readings, specs, strict=True)]
   report: dict[str, object] = {
     "command": "python -m launch.evaluate",
-    "flags": {name: flags.FLAGS[name].value for name in SAME},
+    "flags": {name: flags.FLAGS[name].value for name in (*SAME, "source")},
     "device": jax.devices()[0].device_kind,
     "jax": jax.__version__,
     "frames_per_second": frames_made / seconds,
     "score": shapes_score.score(results),
+    "chance": shapes_score.chance(),
     "config": json.loads(to_json(experiment)),
     "results": results,
   }
+  if len(specs) > 1:
+    report["permuted"] = shapes_score.score(shapes_score.permuted(readings, specs))
   if other is not None:
     report["against"] = AGAINST.value
     report["difference"] = shapes_score.paired(results, other)

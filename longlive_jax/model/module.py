@@ -16,9 +16,9 @@ from flax import nnx
 from longlive_jax.types import PyTree
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class Network:
-  """A declared network.
+  """A declared network; hashed by identity, so it can be a static argument of `jit`.
 
   Attributes:
     build: makes the module from an `nnx.Rngs`.

@@ -1,5 +1,6 @@
 """The VAE around a rollout: blocks of latents to frames with carried state, images to latents."""
 
+import functools
 from typing import Any
 
 import jax
@@ -9,7 +10,7 @@ import numpy as np
 from longlive_jax.checks import check_divides, check_remainder
 from longlive_jax.model.module import Network
 from longlive_jax.model.vae import SPACE, TIME, from_uint8, to_uint8
-from longlive_jax.types import Array, PyTree
+from longlive_jax.types import Array, ArrayLike, PyTree
 
 
 class Decoder:
@@ -35,7 +36,7 @@ class Decoder:
     self._later = step.lower(params, latents, state).compile()
     self._encode: Any = None
 
-  def decode(self, latents: Array, state: Any) -> tuple[Array, Any]:
+  def decode(self, latents: ArrayLike, state: Any) -> tuple[Array, Any]:
     """Decodes the next block.
 
     Args:
@@ -68,6 +69,14 @@ class Decoder:
     return np.asarray(self._encode(self.params, images))
 
 
+@functools.partial(jax.jit, static_argnums=0, donate_argnums=3)
+def _encode(network: Network, params: PyTree, video: Array, state: Any) -> tuple[Array, Any]:
+  """Normalised latents `[F, h, w, C]` of the next frames uint8 `[T, H, W, 3]`, and the state."""
+  vae = network.bind(params)
+  mean, _, state = vae.encode_next(from_uint8(video[None]), state)
+  return vae.normalise(mean)[0], state
+
+
 def encode_frames(
   network: Network, params: PyTree, frames: np.ndarray, group: int = 32
 ) -> np.ndarray:
@@ -81,15 +90,9 @@ def encode_frames(
   check_remainder("number of frames", len(frames), TIME, 1)
   check_divides("group", group, "frames of a latent", TIME)
 
-  def encode(params: PyTree, video: Array, state: Any) -> tuple[Array, Any]:
-    vae = network.bind(params)
-    mean, _, state = vae.encode_next(from_uint8(video[None]), state)
-    return vae.normalise(mean)[0], state
-
-  step = jax.jit(encode, donate_argnums=2)
-  latents, state = step(params, frames[:1], None)
+  latents, state = _encode(network, params, frames[:1], None)
   parts = [np.asarray(latents)]
   for start in range(1, len(frames), group):
-    latents, state = step(params, frames[start : start + group], state)
+    latents, state = _encode(network, params, frames[start : start + group], state)
     parts.append(np.asarray(latents))
   return np.concatenate(parts)

@@ -38,7 +38,14 @@ def report(evaluate, tmp_path) -> dict:
 
 
 def test_the_report_says_what_was_scored(report):
-  assert report["flags"] == {"scripts": 4, "first_seed": 50, "shots": 2, "blocks": 2}
+  assert report["flags"] == {
+    "scripts": 4,
+    "first_seed": 50,
+    "shots": 2,
+    "blocks": 2,
+    "source": "model",
+  }
+  assert report["chance"]["shape"] < 1 and report["permuted"]["shots"] == 8
   assert report["score"]["shots"] == 8
   assert 0 <= report["score"]["score"] <= 1
   assert report["config"]["model"]["width"] == 24
@@ -73,3 +80,12 @@ def test_a_difference_is_paired(report, evaluate, tmp_path):
   assert found["difference"]["score"] == pytest.approx(0.25)
   assert found["difference"]["score_error"] == pytest.approx(0.0, abs=1e-9)
   assert found["difference"]["colour"] == 0.0
+
+
+def test_controls_score_real_clips_with_and_without_the_vae(evaluate, tmp_path):
+  scores = {}
+  for source in ("real", "vae"):
+    done = evaluate(f"{source}.json", f"--source={source}")
+    assert done.code == 0, done.stderr
+    scores[source] = json.loads((tmp_path / f"{source}.json").read_text())["score"]["score"]
+  assert scores["real"] > 0.9 > scores["vae"], "untrained, the VAE loses everything"
