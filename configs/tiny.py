@@ -97,5 +97,6 @@ def train_ar(config: Experiment) -> None:
     weight_decay=0.01,
     clip_norm=1.0,
     ema=0.999,
+    prompt_dropout_share=0.1,
     first_latent_share=0.15,
   )

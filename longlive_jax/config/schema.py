@@ -169,6 +169,7 @@ class Train(Section):
   clip_norm: float = 10.0
   ema: float = 0.99
   ema_start_step: int = 0
+  prompt_dropout_share: float = 0.0  # of samples that see the negative prompt, for guidance
   first_latent_share: float = 0.0  # of samples whose first latent is given (image to video)
   remat: str = "none"  # what the backward pass recomputes: none | dots | full
   kl_weight: float = 1e-4  # stage "vae"

@@ -4,6 +4,7 @@ Each returns trained parameters; the loop, the objective and the data are in the
 """
 
 import functools
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from absl import logging
 from longlive_jax.config import Experiment
 from longlive_jax.data import shapes
 from longlive_jax.model.attention import TeacherForcing, block_borders
-from longlive_jax.model.flow import training_table
+from longlive_jax.model.flow import Table, training_table
 from longlive_jax.model.module import Network
 from longlive_jax.model.rope import expand, spatial_table
 from longlive_jax.sample.sampler import Models
@@ -87,45 +88,69 @@ def train_ar(experiment: Experiment, models: Models, workdir: str | Path) -> PyT
     experiment, lambda video: vae.bind(params).encode(video, f), models.tokenizer
   )
   logging.info("bank of %d clips, latents %s", experiment.data.clips, bank.latents.shape)
-  step = ar_step(experiment, models, optimizer)
+  step, text = ar_step(experiment, models, optimizer), models.params["text"]
   state = init_state(models.params["dit"], optimizer)
-  return run(experiment, workdir, state, lambda s: step(s, bank)).ema
+  return run(experiment, workdir, state, lambda s: step(s, bank, text)).ema
 
 
 def ar_step(experiment: Experiment, models: Models, optimizer: Any) -> Any:
-  """The jitted update `(state, bank) -> (state, metrics)` of stage "ar"."""
-  cfg, model, data = experiment.train, experiment.model, experiment.data
-  table = training_table(model.shift)
-  f, latents = model.block_latents, data.blocks * model.block_latents
+  """The jitted update `(state, bank, parameters of the text encoder) -> (state, metrics)`."""
+  cfg, model = experiment.train, experiment.model
+  table, latents = training_table(model.shift), experiment.data.blocks * model.block_latents
   rows, columns = (n // model.patch for n in (experiment.latent_height, experiment.latent_width))
   space = spatial_table(rows, columns, model.head_dim, model.rope_theta)
-  borders = block_borders(latents, f, experiment.latent_tokens)
+  borders = block_borders(latents, model.block_latents, experiment.latent_tokens)
+  draw = batch_of(experiment, models, table)
 
   def loss(params: PyTree, batch: teacher_forcing.Batch, plan: TeacherForcing, key: Array) -> Array:
     ops = models.ops.with_key(key)
     return teacher_forcing.objective(models.dit, params, batch, plan, table, ops, cfg.remat)[0]
 
   @functools.partial(jax.jit, donate_argnums=0)
-  def step(state: TrainState, bank: clips.Bank) -> tuple[TrainState, dict[str, Array]]:
+  def step(
+    state: TrainState, bank: clips.Bank, text: PyTree
+  ) -> tuple[TrainState, dict[str, Array]]:
     key = jax.random.fold_in(jax.random.key(cfg.seed), state.step)
-    pick, noise, levels, given, rounding = jax.random.split(key, 5)
-    clip, blocks = clips.choose(pick, bank, cfg.batch, data)
-    take = clip[:, None], blocks
-    clean = bank.latents[take].astype(jnp.float32)
-    clean = clean.reshape(cfg.batch, latents, *clean.shape[3:])
-    cos, sin = (a[take].reshape(cfg.batch, latents, -1) for a in (bank.cos, bank.sin))
-    plan = TeacherForcing(expand((cos, sin), space), borders)
-    tokens, masks = (a[take].reshape(-1, a.shape[-1]) for a in (bank.tokens, bank.masks))
-    batch = teacher_forcing.Batch(
-      clean=clean,
-      noise=jax.random.normal(noise, clean.shape),
-      timesteps=teacher_forcing.block_timesteps(levels, cfg.batch, latents, f, table),
-      prompts=models.text.bind(models.params["text"])(tokens, masks),
-      pieces=data.blocks,
-      first=clean[:, :1] if cfg.first_latent_share else None,
-      given=jax.random.bernoulli(given, cfg.first_latent_share, (cfg.batch,)),
-    )
+    data, rounding = jax.random.split(key)
+    batch, turns = draw(data, bank, text)
+    plan = TeacherForcing(expand(turns, space), borders)
     value, gradients = jax.value_and_grad(loss)(state.params, batch, plan, rounding)
     return apply_gradients(state, gradients, optimizer, cfg), {"loss": value}
 
   return step
+
+
+Draw = Callable[[Array, clips.Bank, PyTree], tuple[teacher_forcing.Batch, tuple[Array, Array]]]
+
+
+def batch_of(experiment: Experiment, models: Models, table: Table) -> Draw:
+  """Draws a batch of a bank: `(key, bank, text parameters) -> (batch, (cos, sin))`."""
+  cfg, data, f = experiment.train, experiment.data, experiment.model.block_latents
+  nothing = models.tokenizer([experiment.sample.negative_prompt])
+
+  def draw(
+    key: Array, bank: clips.Bank, text: PyTree
+  ) -> tuple[teacher_forcing.Batch, tuple[Array, Array]]:
+    pick, noise, levels, given, dropped = jax.random.split(key, 5)
+    clip, blocks = clips.choose(pick, bank, cfg.batch, data)
+    take = clip[:, None], blocks
+    clean = bank.latents[take].astype(jnp.float32)
+    clean = clean.reshape(cfg.batch, -1, *clean.shape[3:])
+    drop = jax.random.bernoulli(dropped, cfg.prompt_dropout_share, (cfg.batch, 1, 1))
+    tokens, masks = (
+      jnp.where(drop, empty, a[take]).reshape(-1, a.shape[-1])
+      for a, empty in zip((bank.tokens, bank.masks), nothing, strict=True)
+    )
+    batch = teacher_forcing.Batch(
+      clean=clean,
+      noise=jax.random.normal(noise, clean.shape),
+      timesteps=teacher_forcing.block_timesteps(levels, cfg.batch, clean.shape[1], f, table),
+      prompts=models.text.bind(text)(tokens, masks),
+      pieces=data.blocks,
+      first=clean[:, :1] if cfg.first_latent_share else None,
+      given=jax.random.bernoulli(given, cfg.first_latent_share, (cfg.batch,)),
+    )
+    cos, sin = (a[take].reshape(*clean.shape[:2], -1) for a in (bank.cos, bank.sin))
+    return batch, (cos, sin)
+
+  return draw

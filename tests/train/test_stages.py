@@ -1,0 +1,64 @@
+"""Batches of stage "ar": what is dropped, given and turned."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from longlive_jax.build import build_models
+from longlive_jax.config import Experiment
+from longlive_jax.config.load import load_config
+from longlive_jax.model.flow import training_table
+from longlive_jax.sample.sampler import Models
+from longlive_jax.train import clips
+from longlive_jax.train.stages import batch_of
+from longlive_jax.train.teacher_forcing import Batch
+from tests.launch.tiny import OVERRIDES
+
+SHARES = {"train.prompt_dropout_share": 0.3, "train.first_latent_share": 0.4, "train.batch": 400}
+
+
+@pytest.fixture(scope="module")
+def made(root) -> tuple[Experiment, Models, clips.Bank, Batch, tuple[jax.Array, jax.Array]]:
+  settings = {**OVERRIDES, **SHARES, "io.checkpoint": "", "data.far_share": 0.5}
+  experiment = load_config(root / "configs/tiny.py", settings)
+  models = build_models(experiment)
+
+  def encode(video: jax.Array) -> jax.Array:  # stands for the VAE
+    small = video[:, ::4].reshape(*video[:, ::4].shape[:2], 2, 16, 2, 16, 3).mean((3, 5))
+    return jnp.concatenate([small, small[..., :1]], -1)
+
+  bank = clips.make_bank(experiment, encode, models.tokenizer)
+  draw = batch_of(experiment, models, training_table(experiment.model.shift))
+  batch, turns = jax.jit(draw)(jax.random.key(0), bank, models.params["text"])
+  return experiment, models, bank, batch, turns
+
+
+def test_a_share_of_the_samples_sees_the_negative_prompt_in_all_blocks(made):
+  experiment, models, _, batch, _ = made
+  empty = models.text.bind(models.params["text"])(*models.tokenizer([""]))[0]
+  prompts = batch.prompts.reshape(400, experiment.data.blocks, *empty.shape)
+  blank = np.abs(np.asarray(prompts - empty)).max((2, 3)) < 1e-5
+  assert (blank.all(1) == blank.any(1)).all()
+  assert 0.22 < blank.all(1).mean() < 0.38
+
+
+def test_a_share_of_the_samples_is_given_its_first_latent(made):
+  batch = made[3]
+  assert 0.32 < float(batch.given.mean()) < 0.48
+  np.testing.assert_array_equal(batch.first, batch.clean[:, :1])
+
+
+def test_rotations_and_latents_are_of_the_same_blocks(made):
+  experiment, _, bank, batch, (cos, _) = made
+  f = experiment.model.block_latents
+  stored = {
+    np.asarray(x, np.float32).tobytes(): (i, j)
+    for i, row in enumerate(bank.latents)
+    for j, x in enumerate(row)
+  }
+  for sample in range(0, 400, 23):
+    for block in range(experiment.data.blocks):
+      part = slice(block * f, (block + 1) * f)
+      place = stored[np.asarray(batch.clean[sample, part]).tobytes()]
+      np.testing.assert_array_equal(cos[sample, part], bank.cos[place])
