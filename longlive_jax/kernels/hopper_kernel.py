@@ -1,0 +1,270 @@
+"""The kernel behind `hopper_matmul`: four kinds of warpgroup that meet at barriers.
+
+    loader      TMA: tiles of x, words and scales              -> rings `x`, `words`, `scales`
+    decoders    words and scales -> q * s in bfloat16, exact   -> ring `w`
+    multipliers wgmma from shared memory, float32 sums; times unit; TMA store
+
+Each runs ahead of the next by the depth of a ring in shared memory. The grid is persistent: an SM
+walks over tiles of the result, and loader and decoders are already at the next tile while the
+multipliers store the last one.
+
+Decoding is one product for two elements after the masks of `hopper_layout`: the pattern
+`q * 2^-126` times `s * 2^118`. The result `q * s * 2^-8` is exact, and 2^8 goes into the unit. It
+reads 1/2 as a subnormal bfloat16, which NVIDIA GPUs honour. Where subnormals are flushed (the
+interpreter on a CPU) `subnormals=False` sets a higher exponent instead: then codes 0 and 1 of
+magnitude read as 1/2 and 3/4 of their unit, and `min(v, 2 v - 1)` makes them 0 and 1/2.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from longlive_jax.kernels.hopper_layout import (
+  BLOCK,
+  BLOCKS,
+  MAGNITUDE_BITS,
+  SIGN_BIT,
+  TILE_K,
+  decoded,
+)
+from longlive_jax.kernels.hopper_tuning import LOADER_REGISTERS, MMA_ROWS, ROWS, SWIZZLE, Tuning
+
+_ROW_A_THREAD = plgpu.Layout.TILED(
+  plgpu.Tiling(((ROWS, 8), (32, 8))), warp_dims=(-4,), lane_dims=(-2,), vector_dim=-1
+)
+_SUBNORMAL_SCALE, _SUBNORMAL_UNIT = 2.0**118, 2.0**8
+_NORMAL_PATTERN, _QUARTER, _NORMAL_UNIT = 0x3E00, 0.25, 4.0  # 2^-3; below it is q / 4
+
+
+class _Part(NamedTuple):
+  """A part of K of one tile: where it lies, and how many steps went before it on this SM."""
+
+  done: jax.Array
+  first: jax.Array
+  count: jax.Array
+  split: jax.Array
+  row: jax.Array
+  column: jax.Array
+
+
+class _Rings(NamedTuple):
+  """Shared memory, and for each ring the barriers that say full and free."""
+
+  x: Any
+  x_full: Any
+  x_free: Any
+  words: Any
+  scales: Any
+  packed_full: Any
+  packed_free: Any
+  w: Any
+  w_full: Any
+  w_free: Any
+  out: Any
+
+
+def _swizzled(dtype: jnp.dtype) -> tuple[plgpu.TilingTransform, plgpu.SwizzleTransform]:
+  columns = SWIZZLE // dtype.itemsize
+  return plgpu.TilingTransform((8, columns)), plgpu.SwizzleTransform(SWIZZLE)
+
+
+def _rings(t: Tuning, dtype: jnp.dtype) -> _Rings:
+  bf16 = jnp.dtype(jnp.bfloat16)
+
+  def many(count: int, arrivals: int = 1) -> plgpu.Barrier:
+    return plgpu.Barrier(num_arrivals=arrivals, num_barriers=count)
+
+  return _Rings(
+    x=plgpu.SMEM((t.x_stages, t.tile_m, TILE_K), bf16, transforms=_swizzled(bf16)),
+    x_full=many(t.x_stages),
+    x_free=many(t.x_stages, t.multipliers),
+    words=plgpu.SMEM((t.packed_stages, t.tile_n, BLOCK), jnp.int16),
+    scales=plgpu.SMEM((t.packed_stages, BLOCKS, t.tile_n), jnp.float8_e4m3fn),
+    packed_full=many(t.packed_stages, 2),
+    packed_free=many(t.packed_stages),
+    w=plgpu.SMEM((t.w_stages, t.tile_n, TILE_K), bf16, transforms=_swizzled(bf16)),
+    w_full=many(t.w_stages),
+    w_free=many(t.w_stages, t.multipliers),
+    out=plgpu.SMEM(
+      (t.multipliers, 2, MMA_ROWS, SWIZZLE // dtype.itemsize), dtype, transforms=_swizzled(dtype)
+    ),
+  )
+
+
+def _walk(t: Tuning, m: int, n: int, steps: int, body: Callable[[_Part], None]) -> jax.Array:
+  """Runs `body` for each part that this SM has; returns the number of steps in all of them."""
+  tiles = pl.cdiv(m, t.tile_m), n // t.tile_n
+  longest = pl.cdiv(steps, t.splits)
+
+  @plgpu.nd_loop((t.splits, tiles[0] * tiles[1]), collective_axes="sm", init_carry=jnp.int32(0))
+  def done(info: plgpu.NDLoopInfo, carry: jax.Array) -> jax.Array:
+    split, tile = info.index
+    i, j = plgpu.planar_snake(tile, tiles, 1, t.band)
+    first = split * longest
+    count = lax.clamp(0, steps - first, longest)
+    body(_Part(carry, first, count, split, i * t.tile_m, j * t.tile_n))
+    return carry + count
+
+  return done
+
+
+def _wait_if(condition: jax.Array, barrier: Any) -> None:
+  @pl.when(condition)
+  def _() -> None:
+    plgpu.barrier_wait(barrier)
+
+
+def _load(t: Tuning, r: _Rings, x: Any, words: Any, scales: Any, walk: Callable) -> None:
+  """The loader: fills the rings of x and of the packed weight as they become free."""
+  plgpu.set_max_registers(LOADER_REGISTERS, action="decrease")
+
+  def body(part: _Part) -> None:
+    @pl.loop(0, part.count)
+    def _(i: jax.Array) -> None:
+      at, step = part.done + i, part.first + i
+      packed, slot = lax.rem(at, t.packed_stages), lax.rem(at, t.x_stages)
+      rows = pl.ds(part.column, t.tile_n)
+      _wait_if(at >= t.packed_stages, r.packed_free.at[packed])
+      full = r.packed_full.at[packed]
+      plgpu.copy_gmem_to_smem(words.at[step, rows], r.words.at[packed], full)
+      plgpu.copy_gmem_to_smem(scales.at[step, :, rows], r.scales.at[packed], full)
+      _wait_if(at >= t.x_stages, r.x_free.at[slot])
+      tile = x.at[pl.ds(part.row, t.tile_m), pl.ds(step * TILE_K, TILE_K)]
+      plgpu.copy_gmem_to_smem(tile, r.x.at[slot], r.x_full.at[slot])
+
+  done = walk(body)
+  for stages, free in ((t.x_stages, r.x_free), (t.packed_stages, r.packed_free)):
+
+    @pl.loop(lax.max(done - stages, 0), done)
+    def _(i: jax.Array, stages: int = stages, free: Any = free) -> None:
+      plgpu.barrier_wait(free.at[lax.rem(i, stages)])
+
+
+def _bfloat16(patterns: jax.Array, scales: jax.Array, subnormals: bool) -> jax.Array:
+  """`q s`, times 2^-8 or 1/4, of the patterns of a block `[N, 16]` and its scales `[N]`."""
+  scales = scales.astype(jnp.float16).astype(jnp.float32)
+  if subnormals:
+    q = lax.bitcast_convert_type(patterns, jnp.bfloat16)
+    scales = scales * jnp.float32(_SUBNORMAL_SCALE)
+  else:
+    normal = (patterns & jnp.int16(MAGNITUDE_BITS)) | jnp.int16(_NORMAL_PATTERN)
+    v = lax.bitcast_convert_type(normal, jnp.bfloat16)  # 0 and 1/2 appear as 1/2 and 3/4
+    q = lax.min(v, v + v - jnp.bfloat16(_QUARTER))
+    signed = lax.bitcast_convert_type(q, jnp.int16) | (patterns & jnp.int16(SIGN_BIT))
+    q = lax.bitcast_convert_type(signed, jnp.bfloat16)
+  return q * lax.broadcast_in_dim(scales.astype(jnp.bfloat16), q.shape, (0,))
+
+
+def _decode(t: Tuning, r: _Rings, walk: Callable, me: jax.Array) -> None:
+  """A decoder: every `decoders`-th step, from the packed rings to that of bfloat16 weights."""
+  plgpu.set_max_registers(t.decoder_registers, action="decrease")
+
+  def body(part: _Part) -> None:
+    skip = lax.rem(me + t.decoders - lax.rem(part.done, t.decoders), t.decoders)
+
+    @pl.loop(0, lax.div(part.count - skip + t.decoders - 1, t.decoders))
+    def _(i: jax.Array) -> None:
+      at = part.done + skip + i * t.decoders
+      packed, slot = lax.rem(at, t.packed_stages), lax.rem(at, t.w_stages)
+      plgpu.barrier_wait(r.packed_full.at[packed])
+      for slab in range(0, t.tile_n, ROWS):
+        rows = pl.ds(slab, ROWS)
+        words = plgpu.load(r.words.at[packed, rows], layout=_ROW_A_THREAD)
+        blocks = []
+        for block in range(BLOCKS):
+          scale = r.scales.at[packed, block, rows]
+          scale = plgpu.load(scale, layout=_ROW_A_THREAD.reduce(1), optimized=False)
+          blocks.append(_bfloat16(decoded(words, block), scale, t.subnormals))
+        if slab == 0:
+          _wait_if(at >= t.w_stages, r.w_free.at[slot])
+        r.w[slot, rows] = lax.concatenate(blocks, 1)
+      plgpu.commit_smem()  # of the words read as well: TMA overwrites them
+      plgpu.barrier_arrive(r.packed_free.at[packed])
+      plgpu.barrier_arrive(r.w_full.at[slot])
+
+  done = walk(body)
+
+  @pl.loop(lax.max(done - t.w_stages, 0), done)
+  def _(i: jax.Array) -> None:
+    _wait_if(lax.rem(i, t.decoders) == me, r.w_free.at[lax.rem(i, t.w_stages)])
+
+
+def _multiply(t: Tuning, r: _Rings, unit: Any, out: Any, walk: Callable, me: jax.Array) -> None:
+  """A multiplier: its part of each tile, and the store of it."""
+  plgpu.set_max_registers(t.multiplier_registers, action="increase")
+  rows, columns = t.part
+  row, column = (me * rows, 0) if t.by_rows else (0, me * columns)
+  factor = unit[0] * jnp.float32(_SUBNORMAL_UNIT if t.subnormals else _NORMAL_UNIT)
+
+  def free(at: jax.Array) -> None:
+    plgpu.barrier_arrive(r.x_free.at[lax.rem(at, t.x_stages)])
+    plgpu.barrier_arrive(r.w_free.at[lax.rem(at, t.w_stages)])
+
+  def store(part: _Part, y: jax.Array) -> None:
+    width = r.out.shape[-1]
+    places = [(a, b) for a in range(0, rows, MMA_ROWS) for b in range(0, columns, width)]
+    for count, (a, b) in enumerate(places):
+      buffer = r.out.at[me, count % 2]
+      plgpu.wait_smem_to_gmem(1, wait_read_only=True)
+      buffer[...] = y[a : a + MMA_ROWS, b : b + width]
+      plgpu.commit_smem()
+      at = pl.ds(part.row + row + a, MMA_ROWS), pl.ds(part.column + column + b, width)
+      plgpu.copy_smem_to_gmem(buffer, out.at[part.split, *at])
+
+  def body(part: _Part) -> None:
+    def product(acc: Any) -> None:
+      @pl.loop(0, part.count)
+      def _(i: jax.Array) -> None:
+        at = part.done + i
+        x, w = lax.rem(at, t.x_stages), lax.rem(at, t.w_stages)
+        plgpu.barrier_wait(r.x_full.at[x])
+        plgpu.barrier_wait(r.w_full.at[w])
+        left = r.x.at[x, pl.ds(row, rows)]
+        plgpu.wgmma(acc, left, r.w.at[w, pl.ds(column, columns)].T)
+        plgpu.wgmma_wait(1)
+
+        @pl.when(i > 0)
+        def _() -> None:
+          free(at - 1)
+
+      plgpu.wgmma_wait(0)
+      free(part.done + part.count - 1)
+      store(part, (acc[...] * factor).astype(out.dtype))
+
+    pl.run_scoped(product, plgpu.ACC((rows, columns), jnp.float32))
+
+  walk(body)
+  plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+
+
+@functools.lru_cache
+def kernel_of(t: Tuning, m: int, n: int, steps: int, dtype: jnp.dtype) -> Callable[..., jax.Array]:
+  """The kernel for one problem; `[splits, M, N]`."""
+
+  def nvfp4_matmul(x: Any, words: Any, scales: Any, unit: Any, out: Any, *rings: Any) -> None:
+    r = _Rings(*rings)
+    walk = functools.partial(_walk, t, m, n, steps)
+    me = lax.axis_index("group")
+    pl.when(me == t.decoders + t.multipliers)(lambda: _load(t, r, x, words, scales, walk))
+    pl.when(me < t.decoders)(lambda: _decode(t, r, walk, me))
+    pl.when((me >= t.decoders) & (me < t.decoders + t.multipliers))(
+      lambda: _multiply(t, r, unit, out, walk, me - t.decoders)
+    )
+
+  tiles = t.splits * pl.cdiv(m, t.tile_m) * (n // t.tile_n)
+  return plgpu.kernel(
+    nvfp4_matmul,
+    out_type=jax.ShapeDtypeStruct((t.splits, m, n), dtype),
+    grid=(min(t.multiprocessors, tiles),),
+    grid_names=("sm",),
+    num_threads=t.decoders + t.multipliers + 1,
+    thread_name="group",
+    scratch_types=tuple(_rings(t, dtype)),
+    compiler_params=plgpu.CompilerParams(unsafe_no_auto_barriers=True),
+  )
