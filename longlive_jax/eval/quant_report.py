@@ -20,7 +20,7 @@ from longlive_jax.io.atomic import replacing
 from longlive_jax.io.leaves import flat
 from longlive_jax.model.attention import Full
 from longlive_jax.model.module import Network
-from longlive_jax.model.ops import Ops, plain_matmul
+from longlive_jax.model.ops import Matmul, Ops, plain_matmul
 from longlive_jax.model.rope import expand, spatial_table, temporal_table
 from longlive_jax.quant.blocks import into_blocks
 from longlive_jax.quant.nvfp4 import Spec, dequantise, prepared, quantise_blocks, unit_of
@@ -72,6 +72,20 @@ def weight_rows(params: PyTree, paths: Sequence[str], spec: Spec) -> list[Row]:
   ]
 
 
+def watching(paths: Sequence[str], spec: Spec, rows: list[Row]) -> Matmul:
+  """A plain product that adds a row for the input of each of the paths, layer after layer."""
+
+  def matmul(x: Array, w: Array, bias: Array | None, *, path: str, key: Array | None) -> Array:
+    if path in paths:
+      layer = sum(row["path"] == path for row in rows)
+      with jax.disable_jit(False):
+        values = measured(x.reshape(-1, x.shape[-1]), spec)
+      rows.append({"kind": "activation", "path": path, "layer": layer, **values})
+    return plain_matmul(x, w, bias, path=path, key=key)
+
+  return matmul
+
+
 def activation_rows(
   network: Network,
   params: PyTree,
@@ -97,32 +111,19 @@ def activation_rows(
     scan over layers runs as a loop, so that a layer's inputs can be looked at.
   """
   rows: list[Row] = []
-  seen: dict[str, int] = {}
-  timestep = 0.0
-
-  def matmul(x: Array, w: Array, bias: Array | None, *, path: str, key: Array | None) -> Array:
-    if path in paths:
-      layer = seen.get(path, 0)
-      seen[path] = layer + 1
-      with jax.disable_jit(False):
-        values = measured(x.reshape(-1, x.shape[-1]), spec)
-      rows.append(
-        {"kind": "activation", "path": path, "layer": layer, "timestep": timestep, **values}
-      )
-    return plain_matmul(x, w, bias, path=path, key=key)
-
-  ops, model = Ops(matmul=matmul), network.bind(params)
+  model = network.bind(params)
   cfg, (frames, height, width) = model.cfg, latents.shape[1:4]
   space = spatial_table(height // cfg.patch, width // cfg.patch, cfg.head_dim, cfg.rope_theta)
   plan = Full(expand(temporal_table(np.arange(frames), cfg.head_dim, cfg.rope_theta), space))
   noise = jax.random.normal(jax.random.key(0), latents.shape)
   with jax.disable_jit():
     for timestep in timesteps:
-      seen.clear()
-      sigma = timestep / 1000.0
+      found: list[Row] = []
+      ops, sigma = Ops(matmul=watching(paths, spec, found)), timestep / 1000.0
       noisy = (1.0 - sigma) * latents + sigma * noise
       times = jnp.full((1, frames), timestep)
       model(noisy, times, model.text_kv(prompts, ops), plan, ops=ops)
+      rows += [{**row, "timestep": timestep} for row in found]
   return rows
 
 
