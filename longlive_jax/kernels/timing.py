@@ -1,0 +1,41 @@
+"""Wall-clock times of compiled functions, for comparisons on one warm device."""
+
+import time
+from collections.abc import Callable, Mapping
+
+import jax
+
+from longlive_jax.types import PyTree
+
+
+def alternated_seconds(
+  functions: Mapping[str, Callable[..., PyTree]],
+  *args: PyTree,
+  repeats: int = 50,
+  warm_seconds: float = 20.0,
+) -> dict[str, list[float]]:
+  """Times functions in turn, so that a clock that falls as a chip warms is the same for all.
+
+  Args:
+    functions: name -> compiled function of `args`.
+    *args: given to each of them; must not be donated.
+    repeats: timed rounds; a round calls every function once.
+    warm_seconds: rounds that are not timed go on for so long, and for one round at least.
+
+  Returns:
+    name -> seconds of each call, until its result is there. A call of some microseconds is
+    mostly its launch: time several calls in one function.
+  """
+  seconds: dict[str, list[float]] = {name: [] for name in functions}
+  begin = time.perf_counter()
+  for function in functions.values():
+    jax.block_until_ready(function(*args))
+  while time.perf_counter() - begin < warm_seconds:
+    for function in functions.values():
+      jax.block_until_ready(function(*args))
+  for _ in range(repeats):
+    for name, function in functions.items():
+      start = time.perf_counter()
+      jax.block_until_ready(function(*args))
+      seconds[name].append(time.perf_counter() - start)
+  return seconds
