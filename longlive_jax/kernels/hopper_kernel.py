@@ -114,6 +114,12 @@ def _walk(t: Tuning, m: int, n: int, steps: int, body: Callable[[_Part], None]) 
   return done
 
 
+def _take_registers(t: Tuning, count: int) -> None:
+  """Each kind of warpgroup says its share, be it that of the launch: else ptxas mixes them up."""
+  more = count > t.launch_registers
+  plgpu.set_max_registers(count, action="increase" if more else "decrease")
+
+
 def _wait_if(condition: jax.Array, barrier: Any) -> None:
   @pl.when(condition)
   def _() -> None:
@@ -122,7 +128,7 @@ def _wait_if(condition: jax.Array, barrier: Any) -> None:
 
 def _load(t: Tuning, r: _Rings, x: Any, words: Any, scales: Any, walk: Callable) -> None:
   """The loader: fills the rings of x and of the packed weight as they become free."""
-  plgpu.set_max_registers(LOADER_REGISTERS, action="decrease")
+  _take_registers(t, LOADER_REGISTERS)
 
   def body(part: _Part) -> None:
     @pl.loop(0, part.count)
@@ -163,7 +169,7 @@ def _bfloat16(patterns: jax.Array, scales: jax.Array, subnormals: bool) -> jax.A
 
 def _decode(t: Tuning, r: _Rings, walk: Callable, me: jax.Array) -> None:
   """A decoder: every `decoders`-th step, from the packed rings to that of bfloat16 weights."""
-  plgpu.set_max_registers(t.decoder_registers, action="decrease")
+  _take_registers(t, t.decoder_registers)
 
   def body(part: _Part) -> None:
     skip = lax.rem(me + t.decoders - lax.rem(part.done, t.decoders), t.decoders)
@@ -197,7 +203,7 @@ def _decode(t: Tuning, r: _Rings, walk: Callable, me: jax.Array) -> None:
 
 def _multiply(t: Tuning, r: _Rings, unit: Any, out: Any, walk: Callable, me: jax.Array) -> None:
   """A multiplier: its part of each tile, and the store of it."""
-  plgpu.set_max_registers(t.multiplier_registers, action="increase")
+  _take_registers(t, t.multiplier_registers)
   rows, columns = t.part
   row, column = (me * rows, 0) if t.by_rows else (0, me * columns)
   factor = unit[0] * jnp.float32(_SUBNORMAL_UNIT if t.subnormals else _NORMAL_UNIT)
@@ -251,9 +257,9 @@ def kernel_of(t: Tuning, m: int, n: int, steps: int, dtype: jnp.dtype) -> Callab
     r = _Rings(*rings)
     walk = functools.partial(_walk, t, m, n, steps)
     me = lax.axis_index("group")
-    pl.when(me == t.decoders + t.multipliers)(lambda: _load(t, r, x, words, scales, walk))
+    pl.when(me == t.groups - 1)(lambda: _load(t, r, x, words, scales, walk))
     pl.when(me < t.decoders)(lambda: _decode(t, r, walk, me))
-    pl.when((me >= t.decoders) & (me < t.decoders + t.multipliers))(
+    pl.when((me >= t.decoders) & (me < t.groups - 1))(
       lambda: _multiply(t, r, unit, out, walk, me - t.decoders)
     )
 
@@ -263,7 +269,7 @@ def kernel_of(t: Tuning, m: int, n: int, steps: int, dtype: jnp.dtype) -> Callab
     out_type=jax.ShapeDtypeStruct((t.splits, m, n), dtype),
     grid=(min(t.multiprocessors, tiles),),
     grid_names=("sm",),
-    num_threads=t.decoders + t.multipliers + 1,
+    num_threads=t.groups,
     thread_name="group",
     scratch_types=tuple(_rings(t, dtype)),
     compiler_params=plgpu.CompilerParams(unsafe_no_auto_barriers=True),

@@ -73,8 +73,9 @@ class Tuning:
       raise ValueError(f"{self} gives a multiplier {self.part[1]} columns, more than 128")
     if self.shared_bytes > _SHARED_BYTES:
       raise ValueError(f"{self} needs {self.shared_bytes} bytes of shared memory, not 232448")
-    if self.registers > _REGISTERS:
-      raise ValueError(f"{self} needs {self.registers} registers of four lanes, not 512")
+    most = self.groups * self.launch_registers
+    if self.registers > most:
+      raise ValueError(f"{self} needs {self.registers} registers of four lanes, not {most}")
 
   @property
   def part(self) -> tuple[int, int]:
@@ -82,6 +83,16 @@ class Tuning:
     if self.by_rows:
       return self.tile_m // self.multipliers, self.tile_n
     return self.tile_m, self.tile_n // self.multipliers
+
+  @property
+  def groups(self) -> int:
+    """Warpgroups of a block; the last is the loader."""
+    return self.decoders + self.multipliers + 1
+
+  @property
+  def launch_registers(self) -> int:
+    """Registers of a thread at launch; together they are all that warpgroups can pass around."""
+    return _REGISTERS // self.groups // 8 * 8
 
   @property
   def shared_bytes(self) -> int:
@@ -114,7 +125,7 @@ MIDDLE = dataclasses.replace(
   tile_m=128,
   multipliers=2,
   x_stages=4,
-  decoder_registers=104,
+  decoder_registers=88,
   multiplier_registers=136,
 )
 WIDE = Tuning(tile_m=128, tile_n=256, by_rows=False, x_stages=5)
