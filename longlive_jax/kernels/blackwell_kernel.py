@@ -185,6 +185,7 @@ def _write(t: Tuning, r: _Stages, unit: Any, out: Any, at: tuple) -> None:
 
 @functools.lru_cache
 def kernel_of(t: Tuning, m: int, n: int, k: int, dtype: jnp.dtype) -> Callable[..., jax.Array]:
+  """The kernel for one problem."""
   steps, tiles = k // TILE_K, (pl.cdiv(m, ROWS), n // t.tile_n)
 
   def block_scaled_matmul(
@@ -195,7 +196,7 @@ def kernel_of(t: Tuning, m: int, n: int, k: int, dtype: jnp.dtype) -> Callable[.
     @plgpu.nd_loop((tiles[0] * tiles[1],), collective_axes="sm")
     def _(info: plgpu.NDLoopInfo) -> None:
       i, j = plgpu.planar_snake(info.index[0], tiles, 1, t.band)
-      done = info.local_index
+      done = jnp.asarray(info.local_index)
 
       @pl.when(group == 0)
       def _() -> None:

@@ -112,5 +112,6 @@ def block_scaled_reference(
     values = jnp.where(nibbles & 8, -magnitude, magnitude)
     free = values * scales.astype(jnp.float32)[..., None]
     operands.append(free.reshape(codes.shape[0], -1).astype(jnp.bfloat16))
-  y = lax.dot_general(*operands, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32)
+  left, right = operands
+  y = lax.dot_general(left, right, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32)
   return (y * unit).astype(out_dtype)
