@@ -31,9 +31,10 @@ _EXPONENT = 0x7F800000
 _E2M1_UNIT, _E2M1_MAX = 2.0**22, 6.0
 _E4M3_UNIT, _E4M3_MAX = 2.0**20, 448.0
 _E4M3_TINY, _E4M3_STEP = 2.0**-6, 2.0**-9
-# Candidates that both represent a block exactly differ by the rounding of v; then 6 is kept.
-_NOISE = {"square": 2.0**-36, "absolute": 2.0**-18, "largest": 2.0**-20}
-_CLOSE = 1 - 2.0**-20
+# v is 5 * 2^-24 off at most, so errors up to this come from an exact candidate; then 6 is kept.
+_NOISE = {"square": 2.0**-32, "absolute": 2.0**-14, "largest": 2.0**-18}
+# Errors that differ by less than rounding are the same; then 6 is kept too.
+_CLOSE = {"square": 1 - 2.0**-20, "absolute": 1 - 2.0**-18, "largest": 1 - 2.0**-16}
 
 
 class ScaleRule(Protocol):
@@ -125,8 +126,12 @@ def _full(x: Array, like: Array) -> Array:
 
 
 def sixth(x: Array) -> Array:
-  """`x / 6` for x >= 0: from a guess, plus its exact remainder."""
-  guess = x * np.float32(1 / 6)
+  """`x / 6` for x >= 0: from a guess, plus its exact remainder.
+
+  The minimum changes nothing but keeps compilers from fusing the guess's product into sums, where
+  it would not be rounded.
+  """
+  guess = jnp.minimum(x * np.float32(1 / 6), np.finfo(np.float32).max)
   high = number(((bits(guess) + 0x800) >> 12) << 12)
   return guess + ((x - high * 6.0) - (guess - high) * 6.0) * np.float32(1 / 6)
 
@@ -168,7 +173,7 @@ def choose(magnitude: Array, entries: list[Array], rule: ScaleRule) -> Candidate
   four = attempt(magnitude, wanted * WIDER, entries, rule.error)
   noise = six.scales * _NOISE[rule.error]
   noise = noise * six.scales if rule.error == "square" else noise
-  better = four.error + noise < six.error * _CLOSE
+  better = (four.error < six.error * _CLOSE[rule.error]) & (six.error > noise)
   wide = spread(better)
   return Candidate(
     shifted=jnp.where(wide, four.shifted, six.shifted),

@@ -15,7 +15,7 @@ from longlive_jax.types import Array
 
 _GRID = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 _PASSED = (0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0)  # a tie goes to the even code
-_CLOSE = 1e-6
+_CLOSE = {"square": 1e-6, "absolute": 4e-6, "largest": 1.5e-5}  # relative, of rounding
 
 
 def _encode(magnitude: Array) -> Array:
@@ -62,7 +62,7 @@ def _blocks(x: Array, amax: Array, rule: ScaleRule) -> tuple[Array, Array]:
   codes, scales, error = attempt(wanted)
   if rule.error:
     other_codes, other_scales, other_error = attempt(wanted * WIDER)
-    better = other_error < error * (1 - _CLOSE)
+    better = other_error < error * (1 - _CLOSE[rule.error])
     codes = jnp.where(better[..., None], other_codes, codes)
     scales = jnp.where(better, other_scales, scales)
   return codes, scales
