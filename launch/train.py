@@ -1,4 +1,4 @@
-r"""Trains a stage on one device.
+r"""Trains a stage on all devices.
 
   python -m launch.train --config=configs/tiny.py:vae --workdir=outputs/vae
   python -m launch.train --config=configs/tiny.py:ar --workdir=outputs/ar \

@@ -1,4 +1,4 @@
-"""Shared names: array aliases and the letters that shapes are written in.
+"""Shared names: array aliases, mesh axes and the letters that shapes are written in.
 
 Shape letters used in every docstring:
   B batch, F latents, T frames, H W C height width channels, S sequence tokens, N heads,
@@ -16,3 +16,6 @@ Array = jax.Array
 ArrayLike = jax.Array | np.ndarray
 PyTree = Any
 Initializer = Callable[..., Array]
+
+# Axes of a mesh.
+DATA = "data"

@@ -2,7 +2,8 @@
 
 Teacher forcing runs one dense call per block: the context queries of block i see context blocks
 0..i, its target queries see context blocks 0..i-1 and target block i. Both have as many keys, so
-they are stacked on the batch. In cached sampling every query of a block sees all filled slots.
+they are stacked as pairs on the batch (a batch that is split over devices stays where it is). In
+cached sampling every query of a block sees all filled slots.
 
 Source: spec/models.md section 3, spec/jax.md sections 4.2 and 4.3.
 """
@@ -100,13 +101,19 @@ class TeacherForcing:
 
       def seen(context: Array, target: Array, start: int = start, own: slice = own) -> Array:
         late = jnp.concatenate([context[:, :start], target[:, own]], 1)
-        return jnp.concatenate([context[:, : own.stop], late], 0)
+        return _pair(context[:, : own.stop], late)
 
-      both = jnp.concatenate([q_context[:, own], q_target[:, own]], 0)
+      both = _pair(q_context[:, own], q_target[:, own])
       out = dense(both, seen(k_context, k_target), seen(v_context, v_target))
-      outs_context.append(out[: q.shape[0]])
-      outs_target.append(out[q.shape[0] :])
+      out = out.reshape(-1, 2, *out.shape[1:])
+      outs_context.append(out[:, 0])
+      outs_target.append(out[:, 1])
     return jnp.concatenate(outs_context + outs_target, 1), cache
+
+
+def _pair(a: Array, b: Array) -> Array:
+  """Two `[B, ...]` -> `[2 B, ...]`, sample-major."""
+  return jnp.stack([a, b], 1).reshape(-1, *a.shape[1:])
 
 
 @functools.partial(register_dataclass, data_fields=[], meta_fields=["pieces"])

@@ -19,7 +19,7 @@ from longlive_jax.config import Data, Experiment
 from longlive_jax.data import shapes
 from longlive_jax.model.kv_cache import SlotState, Window, admit, pin_block
 from longlive_jax.model.rope import temporal_table
-from longlive_jax.types import Array
+from longlive_jax.types import Array, PyTree
 
 
 @functools.partial(
@@ -82,21 +82,23 @@ def make_clips(
 
 def make_bank(
   experiment: Experiment,
-  encode: Callable[[Array], Array],
+  encode: Callable[[PyTree, Array], Array],
+  params: PyTree,
   tokenize: Callable[[list[str]], tuple[np.ndarray, np.ndarray]],
-  group: int = 16,
+  group: int,
 ) -> Bank:
   """Renders and encodes `data.clips` clips.
 
   Args:
     experiment: checked experiment.
-    encode: video `[b, T, H, W, 3]` in [-1, 1] -> normalised latents `[b, F, h, w, C]`.
+    encode: (params, video `[b, T, H, W, 3]` in [-1, 1]) -> normalised latents `[b, F, h, w, C]`.
+    params: of the encoder.
     tokenize: prompts -> (ids, mask) `[n, L]`.
-    group: clips encoded at a time; a last, smaller group is filled up with the first clips.
+    group: clips encoded at a time; a last, smaller group is filled up from the first clips.
   """
   data, sample, f = experiment.data, experiment.sample, experiment.model.block_latents
   specs, lengths = make_clips(experiment, data.clips, data.seed)
-  latents = encode_clips(experiment, specs, encode, group)
+  latents = encode_clips(experiment, specs, encode, params, group)
   prompts: list[str] = []
   visible, positions = [], []
   window = Window(sample.window_latents // f, sample.sink_latents // f)
@@ -132,24 +134,29 @@ def block_prompts(
 def encode_clips(
   experiment: Experiment,
   specs: list[shapes.ClipSpec],
-  encode: Callable[[Array], Array],
+  encode: Callable[[PyTree, Array], Array],
+  params: PyTree,
   group: int,
 ) -> Array:
   """Latents `[N, blocks, F_b, h, w, C]` bfloat16 of N clips, rendered and encoded by groups."""
   data, f, video = experiment.data, experiment.model.block_latents, experiment.video
   frames = jnp.arange(4 * f * data.clip_blocks - 3)
-  count, group = len(specs), min(group, len(specs))
-  filled = specs + specs[: -count % group]
+  count = len(specs)
+  filled = [specs[i % count] for i in range(count + -count % group)]
   draw = functools.partial(
     shapes.render_packed, frame_indices=frames, height=video.height, width=video.width
   )
 
-  def one(rows: Any) -> Array:
-    return encode(jax.vmap(draw)(rows)).astype(jnp.bfloat16)
+  @jax.jit
+  def all_groups(params: PyTree, groups: Any) -> Array:
+    def one(rows: Any) -> Array:
+      return encode(params, jax.vmap(draw)(rows)).astype(jnp.bfloat16)
+
+    return jax.lax.map(one, groups)
 
   packed = shapes.pack_many(filled, data.max_shots)
   groups = jax.tree.map(lambda a: jnp.asarray(a).reshape(-1, group, *a.shape[1:]), packed)
-  latents = jax.jit(functools.partial(jax.lax.map, one))(groups)
+  latents = all_groups(params, groups)
   latents = latents.reshape(len(filled), *latents.shape[2:])[:count]
   return latents.reshape(count, data.clip_blocks, f, *latents.shape[2:])
 

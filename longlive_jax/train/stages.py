@@ -1,6 +1,7 @@
-"""The two stages of a single-device training run: "vae", then "ar".
+"""The two stages of a training run: "vae", then "ar".
 
 Each returns trained parameters; the loop, the objective and the data are in their own modules.
+A batch is split over all devices, and every device holds all parameters.
 """
 
 import functools
@@ -12,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from absl import logging
+from jax.sharding import Mesh
 
 from longlive_jax.config import Experiment
 from longlive_jax.data import shapes
@@ -19,12 +21,14 @@ from longlive_jax.model.attention import TeacherForcing, block_borders
 from longlive_jax.model.flow import Table, training_table
 from longlive_jax.model.module import Network
 from longlive_jax.model.rope import expand, spatial_table
+from longlive_jax.parallel.mesh import data_mesh, replicate, split_batch
 from longlive_jax.sample.sampler import Models
 from longlive_jax.train import autoencoder, clips, teacher_forcing
 from longlive_jax.train.loop import run
 from longlive_jax.train.state import TrainState, apply_gradients, init_state, make_optimizer
 from longlive_jax.types import Array, PyTree
 
+ENCODED = 16  # clips encoded at a time
 STATISTICS_CLIPS = 256  # clips whose latents give the normalisation constants
 
 
@@ -43,8 +47,8 @@ def train_vae(
     Averaged parameters, with the statistics of their latents set.
   """
   cfg, video = experiment.train, experiment.video
-  optimizer = make_optimizer(cfg)
-  packed = jax.tree.map(jnp.asarray, clips.vae_clips(experiment, experiment.data.clips))
+  optimizer, mesh = make_optimizer(cfg), data_mesh(cfg.batch)
+  packed = replicate(clips.vae_clips(experiment, experiment.data.clips), mesh)
   frames = jnp.arange(4 * experiment.data.vae_latents - 3)
   draw = functools.partial(
     shapes.render_packed, frame_indices=frames, height=video.height, width=video.width
@@ -55,13 +59,14 @@ def train_vae(
     key = jax.random.fold_in(jax.random.key(cfg.seed), state.step)
     pick, noise = jax.random.split(key)
     rows = jax.random.randint(pick, (cfg.batch,), 0, experiment.data.clips)
-    batch = jax.vmap(draw)(jax.tree.map(lambda a: a[rows], packed))
+    taken = split_batch(jax.tree.map(lambda a: a[rows], packed), mesh)
+    batch = split_batch(jax.vmap(draw)(taken), mesh)
     loss = functools.partial(autoencoder.objective, network)
     grad = jax.value_and_grad(loss, has_aux=True)
     (value, metrics), gradients = grad(state.params, batch, noise, cfg.kl_weight)
     return apply_gradients(state, gradients, optimizer, cfg), {"loss": value, **metrics}
 
-  state = run(experiment, workdir, init_state(params, optimizer), step)
+  state = run(experiment, workdir, replicate(init_state(params, optimizer), mesh), step)
   encode = jax.jit(lambda p, rows: network.bind(p).moments(jax.vmap(draw)(rows))[0])
   groups = min(STATISTICS_CLIPS, experiment.data.clips) // cfg.batch
   means = [
@@ -82,19 +87,28 @@ def train_ar(experiment: Experiment, models: Models, workdir: str | Path) -> PyT
   Returns:
     Averaged parameters of the transformer.
   """
-  optimizer = make_optimizer(experiment.train)
-  vae, params, f = models.vae, models.params["vae"], experiment.model.block_latents
+  optimizer, mesh = make_optimizer(experiment.train), data_mesh(experiment.train.batch)
+  vae, f = models.vae, experiment.model.block_latents
+  group = mesh.size * max(1, min(ENCODED, experiment.data.clips) // mesh.size)
   bank = clips.make_bank(
-    experiment, lambda video: vae.bind(params).encode(video, f), models.tokenizer
+    experiment,
+    lambda params, video: vae.bind(params).encode(split_batch(video, mesh), f),
+    models.params["vae"],
+    models.tokenizer,
+    group,
   )
   logging.info("bank of %d clips, latents %s", experiment.data.clips, bank.latents.shape)
-  step, text = ar_step(experiment, models, optimizer), models.params["text"]
-  state = init_state(models.params["dit"], optimizer)
+  bank, text = replicate((bank, models.params["text"]), mesh)
+  step = ar_step(experiment, models, optimizer, mesh)
+  state = replicate(init_state(models.params["dit"], optimizer), mesh)
   return run(experiment, workdir, state, lambda s: step(s, bank, text)).ema
 
 
-def ar_step(experiment: Experiment, models: Models, optimizer: Any) -> Any:
-  """The jitted update `(state, bank, parameters of the text encoder) -> (state, metrics)`."""
+def ar_step(experiment: Experiment, models: Models, optimizer: Any, mesh: Mesh) -> Any:
+  """The jitted update `(state, bank, parameters of the text encoder) -> (state, metrics)`.
+
+  The samples of a step are split over `mesh`; all else is on each of its devices.
+  """
   cfg, model = experiment.train, experiment.model
   table, latents = training_table(model.shift), experiment.data.blocks * model.block_latents
   rows, columns = (n // model.patch for n in (experiment.latent_height, experiment.latent_width))
@@ -112,7 +126,7 @@ def ar_step(experiment: Experiment, models: Models, optimizer: Any) -> Any:
   ) -> tuple[TrainState, dict[str, Array]]:
     key = jax.random.fold_in(jax.random.key(cfg.seed), state.step)
     data, rounding = jax.random.split(key)
-    batch, turns = draw(data, bank, text)
+    batch, turns = split_batch(draw(data, bank, text), mesh)
     plan = TeacherForcing(expand(turns, space), borders)
     value, gradients = jax.value_and_grad(loss)(state.params, batch, plan, rounding)
     return apply_gradients(state, gradients, optimizer, cfg), {"loss": value}

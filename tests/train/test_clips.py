@@ -31,7 +31,7 @@ EXPERIMENT = Experiment(
 )
 
 
-def encode(video: Array) -> Array:
+def encode(_: None, video: Array) -> Array:
   """Stands for the VAE: the mean colour of each latent's last frame, on a 2 x 2 grid."""
   last = video[:, ::4]
   batch, latents, height, width, channels = last.shape
@@ -40,7 +40,7 @@ def encode(video: Array) -> Array:
 
 @pytest.fixture(scope="module")
 def bank() -> clips.Bank:
-  return clips.make_bank(EXPERIMENT, encode, load_tokenizer(EXPERIMENT.model.text), group=2)
+  return clips.make_bank(EXPERIMENT, encode, None, load_tokenizer(EXPERIMENT.model.text), group=2)
 
 
 def test_shots_fill_the_clip():
@@ -90,7 +90,7 @@ def test_latents_are_those_of_the_rendered_clips_also_in_a_short_last_group(bank
   for row in (0, 4):
     frames = shapes.render(specs[row], EXPERIMENT.video)
     video = jnp.asarray(frames, jnp.float32)[None] / 127.5 - 1.0
-    expected = encode(video)[0].reshape(bank.latents.shape[1:])
+    expected = encode(None, video)[0].reshape(bank.latents.shape[1:])
     np.testing.assert_allclose(bank.latents[row].astype(jnp.float32), expected, atol=0.02)
 
 

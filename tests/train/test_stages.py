@@ -24,11 +24,11 @@ def made(root) -> tuple[Experiment, Models, clips.Bank, Batch, tuple[jax.Array, 
   experiment = load_config(root / "configs/tiny.py", settings)
   models = build_models(experiment)
 
-  def encode(video: jax.Array) -> jax.Array:  # stands for the VAE
+  def encode(_: None, video: jax.Array) -> jax.Array:  # stands for the VAE
     small = video[:, ::4].reshape(*video[:, ::4].shape[:2], 2, 16, 2, 16, 3).mean((3, 5))
     return jnp.concatenate([small, small[..., :1]], -1)
 
-  bank = clips.make_bank(experiment, encode, models.tokenizer)
+  bank = clips.make_bank(experiment, encode, None, models.tokenizer, group=4)
   draw = batch_of(experiment, models, training_table(experiment.model.shift))
   batch, turns = jax.jit(draw)(jax.random.key(0), bank, models.params["text"])
   return experiment, models, bank, batch, turns
