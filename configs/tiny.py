@@ -42,7 +42,13 @@ def get_config(variant: str = "") -> Experiment:
         tokenizer="bytes",
         frozen_seed=0,
       ),
-      vae=Vae(encoder_width=14, decoder_width=10, residual_blocks=1, convolution="conv2d"),
+      vae=Vae(
+        latent_channels=16,
+        encoder_width=14,
+        decoder_width=10,
+        residual_blocks=1,
+        convolution="conv2d",
+      ),
     ),
     video=Video(height=96, width=160, fps=24),
     sample=Sample(steps=16, cut_prefix="Cut. "),
@@ -97,6 +103,7 @@ def train_ar(config: Experiment) -> None:
     weight_decay=0.01,
     clip_norm=1.0,
     ema=0.999,
+    loss_weighting="uniform",
     prompt_dropout_share=0.1,
     first_latent_share=0.15,
   )

@@ -18,6 +18,7 @@ CONVOLUTIONS = ("auto", "conv3d", "conv2d")
 ATTENTIONS = ("auto", "cudnn", "jnp")
 SOLVERS = ("unipc", "dpmpp", "euler")
 STAGES = ("vae", "ar")
+WEIGHTINGS = ("bell", "uniform")
 REMATS = ("none", "dots", "full")
 PRECISIONS = ("none", "nvfp4", "fp8")
 CACHES = ("none", "nvfp4")
@@ -232,6 +233,7 @@ def check_training(experiment: Experiment) -> None:
   """The training loop and its data."""
   train, data = experiment.train, experiment.data
   check_choice("train.stage", train.stage, STAGES)
+  check_choice("train.loss_weighting", train.loss_weighting, WEIGHTINGS)
   check_choice("train.remat", train.remat, REMATS)
   if data.max_shots > data.clip_blocks:
     raise ValueError(

@@ -171,6 +171,7 @@ class Train(Section):
   ema_start_step: int = 0
   prompt_dropout_share: float = 0.0  # of samples that see the negative prompt, for guidance
   first_latent_share: float = 0.0  # of samples whose first latent is given (image to video)
+  loss_weighting: str = "bell"  # over noise levels: bell (0 at pure noise) | uniform
   remat: str = "none"  # what the backward pass recomputes: none | dots | full
   kl_weight: float = 1e-4  # stage "vae"
   seed: int = 0

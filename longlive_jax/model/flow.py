@@ -83,12 +83,20 @@ def flow_match_table(steps: int, shift: float, extra: bool = True) -> Table:
 
 
 @functools.lru_cache(maxsize=16)
-def training_table(shift: float, steps: int = TIMESTEPS) -> Table:
+def training_table(shift: float, steps: int = TIMESTEPS, weighting: str = "bell") -> Table:
   """The levels that training draws from; entry k has u = 1 - k / steps.
 
   The smallest level is not 0 (0.00498 at shift 5): clean latents are off this table.
+
+  Args:
+    shift: of the schedule.
+    steps: K, how many levels.
+    weighting: of the loss: "bell", the original's, which is 0 at the highest level; or "uniform".
   """
-  return flow_match_table(steps, shift, extra=True)
+  table = flow_match_table(steps, shift, extra=True)
+  if weighting == "bell":
+    return table
+  return dataclasses.replace(table, weights=np.ones_like(table.weights))
 
 
 def nearest_index(table: Table, timestep: ArrayLike | float) -> Array:

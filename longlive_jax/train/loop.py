@@ -42,6 +42,7 @@ MAY_CHANGE = (
   "train.ema_start_step",
   "train.final_lr_fraction",
   "train.kl_weight",
+  "train.loss_weighting",
   "train.lr",
   "train.remat",
   "train.steps",

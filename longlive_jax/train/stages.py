@@ -110,7 +110,8 @@ def ar_step(experiment: Experiment, models: Models, optimizer: Any, mesh: Mesh) 
   The samples of a step are split over `mesh`; all else is on each of its devices.
   """
   cfg, model = experiment.train, experiment.model
-  table, latents = training_table(model.shift), experiment.data.blocks * model.block_latents
+  table = training_table(model.shift, weighting=cfg.loss_weighting)
+  latents = experiment.data.blocks * model.block_latents
   rows, columns = (n // model.patch for n in (experiment.latent_height, experiment.latent_width))
   space = spatial_table(rows, columns, model.head_dim, model.rope_theta)
   borders = block_borders(latents, model.block_latents, experiment.latent_tokens)

@@ -25,6 +25,13 @@ def test_training_weights_have_mean_one_and_the_recorded_values():
     assert TABLE.weights[index] == pytest.approx(weight, abs=2e-5)
 
 
+def test_uniform_weighting_changes_the_weights_alone():
+  uniform = flow.training_table(5.0, weighting="uniform")
+  np.testing.assert_array_equal(uniform.weights, np.ones(1000, np.float32))
+  np.testing.assert_array_equal(uniform.sigmas, TABLE.sigmas)
+  np.testing.assert_array_equal(uniform.timesteps, TABLE.timesteps)
+
+
 def test_tables_are_float32_and_fall():
   for extra in (True, False):
     table = flow.flow_match_table(50, 3.0, extra)
