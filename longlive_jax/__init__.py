@@ -5,7 +5,6 @@ package loads that part alone.
 """
 
 import importlib
-from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -14,7 +13,7 @@ if TYPE_CHECKING:
   from longlive_jax.data.prompts import Script, Shot, load_script
   from longlive_jax.io.video import read_video, write_video
 
-__version__ = version("longlive-jax")
+__version__ = "0.1.0"
 
 __all__ = [
   "Pipeline",
