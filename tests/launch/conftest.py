@@ -43,8 +43,9 @@ def program(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch)
 
   def run(name: str, *arguments: str) -> Outcome:
     forget_flags()
+    known = f"launch.{name}" in sys.modules
     module = importlib.import_module(f"launch.{name}")
-    module = importlib.reload(module) if "config" not in flags.FLAGS else module
+    module = importlib.reload(module) if known else module  # for its flags
     terminate, hook = signal.getsignal(signal.SIGTERM), sys.unraisablehook
     logger, stderr = absl_logging.get_absl_logger(), absl_logging.get_absl_handler()
     handlers, filters = logger.handlers[:], stderr.filters[:]

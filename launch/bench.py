@@ -1,0 +1,57 @@
+r"""Times parts of the system on this device, each beside its alternatives and with its error.
+
+  python -m launch.bench --suite=quant --sizes=5b --out=outputs/quant.jsonl
+
+Writes one JSON record a line, see `longlive_jax/eval/bench.py`, and prints a table. Kernels run
+only where the device has the instructions they use; `--only` picks cases by a part of their name.
+"""
+
+import json
+
+from absl import flags
+
+from longlive_jax.config.load import run_main
+from longlive_jax.eval import bench_quant
+from longlive_jax.eval.bench import Record, measure
+from longlive_jax.io.atomic import check_writable, replacing
+
+SUITE = flags.DEFINE_enum("suite", "quant", ["quant"], "what to time")
+SIZES = flags.DEFINE_enum("sizes", "5b", sorted(bench_quant.SIZES), "of which model")
+ONLY = flags.DEFINE_string("only", "", "run only cases whose name has this in it")
+REPEATS = flags.DEFINE_integer("repeats", 30, "timed runs of each implementation", lower_bound=1)
+WARM = flags.DEFINE_float("warm_seconds", 20.0, "of runs before the timed ones", lower_bound=0.0)
+OUT = flags.DEFINE_string("out", "outputs/bench.jsonl", "file to write")
+
+
+def line(record: Record) -> str:
+  """A record in a line of the table."""
+  sizes = " ".join(f"{name}={size}" for name, size in record["sizes"].items())
+  rate = record["tflops_per_second"], record["gigabytes_per_second"]
+  tflops, gigabytes = ("" if value is None else f"{value:8.1f}" for value in rate)
+  return (
+    f"{record['case']:30} {sizes:34} {record['implementation']:9} {record['median_us']:11.1f}"
+    f" {tflops:>9} {gigabytes:>9} {record['error']:9.2e}"
+  )
+
+
+def main(argv: list[str]) -> None:
+  """Command line."""
+  del argv
+  check_writable(OUT.value)
+  cases = bench_quant.cases(bench_quant.SIZES[SIZES.value])
+  records: list[Record] = []
+  print(f"{'case':30} {'sizes':34} {'by':9} {'median us':>11} {'TFLOP/s':>9} {'GB/s':>9} error")
+  for case in cases:
+    if ONLY.value not in case.name:
+      continue
+    for record in measure(case, REPEATS.value, WARM.value):
+      records.append({"suite": SUITE.value, **record})
+      print(line(record), flush=True)
+  if not records:
+    raise ValueError(f"--only={ONLY.value} is in the name of no case of --suite={SUITE.value}")
+  with replacing(OUT.value) as part:
+    part.write_text("".join(json.dumps(record) + "\n" for record in records))
+
+
+if __name__ == "__main__":
+  run_main(main)

@@ -1,0 +1,61 @@
+"""The benchmark program: its records, at sizes that take no time."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from longlive_jax.eval.bench import Case, chain, measure
+
+QUICK = ("--sizes=tiny", "--repeats=3", "--warm_seconds=0")
+
+
+def test_every_part_has_a_record_of_how_fast_how_right_and_where(program, tmp_path):
+  out = tmp_path / "quant.jsonl"
+  done = program("bench", *QUICK, f"--out={out}")
+  assert done.code == 0, done.stderr
+  records = [json.loads(line) for line in out.read_text().splitlines()]
+  assert done.stdout.count("\n") == 1 + len(records)
+  assert {(record["case"], record["implementation"]) for record in records} >= {
+    ("quantise", "jnp"),
+    ("fake quantise", "jnp"),
+    ("product with a packed weight", "bfloat16"),
+    ("product with a packed weight", "jnp"),
+    ("read the packed cache", "jnp"),
+  }
+  for record in records:
+    assert 0 < record["p10_us"] <= record["median_us"] <= record["p90_us"]
+    assert record["error"] < 0.01 and record["compile_seconds"] > 0
+    assert record["versions"]["jax"] == jax.__version__ and record["device"]
+
+
+def test_a_case_that_is_not_there(program, tmp_path):
+  done = program("bench", *QUICK, "--only=nothing", f"--out={tmp_path / 'x.jsonl'}")
+  assert done.code == 2 and "--only=nothing" in done.stderr and done.stderr.count("\n") == 1
+  assert not (tmp_path / "x.jsonl").exists()
+
+
+def test_a_chain_does_every_job_and_walks_over_the_weights():
+  weights = [jnp.eye(8) * factor for factor in (1.0, 2.0, 3.0)]
+  found = chain(lambda x, w: x @ w, 4, 3)(jnp.ones((8, 8)), (weights,))
+  np.testing.assert_array_equal(np.asarray(found)[:, 0, 0], [1, 2, 3, 1])
+
+
+def test_errors_and_rates_are_of_one_job():
+  x = jnp.ones((4, 4))
+  case = Case(
+    name="twice",
+    sizes={},
+    inputs="ones",
+    functions={"right": lambda x: 2 * x, "off": lambda x: 2.02 * x},
+    args=(x,),
+    value=lambda y: y,
+    reference="right",
+    calls=10,
+    flops=16.0,
+  )
+  right, off = measure(case, repeats=2, warm_seconds=0.0)
+  assert right["error"] == 0 and off["error"] == pytest.approx(0.01, rel=1e-3)
+  assert right["tflops_per_second"] == pytest.approx(16 / right["median_us"] / 1e6)
