@@ -22,7 +22,8 @@ EDGE = 0.55  # of a blob's mean chroma, which lies a little below that of its co
 LEAST_AREA = 0.01  # of the squared shorter side; the smallest triangle has 0.036
 LEAST_STEP = 1 / 480  # shorter sides a frame; objects move at least four times as fast
 TRIANGLE_SKEW = 0.2
-SQUARE_CROSS = 0.78  # sharp squares have 1 and circles 0.67; a slight blur brings them to 0.80 and 0.75
+# Sharp squares have 1 and circles 0.67; a slight blur brings them to 0.80 and 0.75.
+SQUARE_CROSS = 0.78
 LEAST_INNER = 3  # frames away from the border needed to leave out those that touch it
 BACKGROUND_FRAMES = 8
 LEAST_CUT = 4.0  # mean change of a cut, of 255
