@@ -44,14 +44,14 @@ def get_config(variant: str = "") -> Experiment:
       ),
       vae=Vae(
         latent_channels=16,
-        encoder_width=14,
-        decoder_width=10,
+        encoder_width=16,
+        decoder_width=12,
         residual_blocks=1,
         convolution="conv2d",
       ),
     ),
     video=Video(height=96, width=160, fps=24),
-    sample=Sample(steps=16, cut_prefix="Cut. "),
+    sample=Sample(steps=16, cut_prefix="Cut. ", relative_rope=True),
     data=Data(clips=16384),
     io=Io(checkpoint="tiny", compile_cache=".jax_cache"),
   )
@@ -71,7 +71,7 @@ def train_vae(config: Experiment) -> None:
   config.io.checkpoint = ""
   config.train = Train(
     stage="vae",
-    steps=3000,
+    steps=8000,
     batch=32,
     lr=2e-3,
     final_lr_fraction=0.02,
@@ -80,7 +80,7 @@ def train_vae(config: Experiment) -> None:
     beta2=0.99,
     clip_norm=1.0,
     ema=0.998,
-    kl_weight=1e-3,
+    kl_weight=3e-4,
   )
 
 
@@ -90,10 +90,11 @@ def train_ar(config: Experiment) -> None:
   Most samples are text to video; a share of them is given its first latent.
   """
   config.model.dtype = "bfloat16"
-  config.data.clips, config.data.far_share = 8192, 0.5
+  config.data.clips, config.data.clip_blocks, config.data.max_shots = 4096, 16, 8
+  config.data.far_share = 0.6
   config.train = Train(
     stage="ar",
-    steps=9000,
+    steps=18000,
     batch=128,
     lr=1.5e-3,
     final_lr_fraction=0.02,

@@ -20,7 +20,7 @@ from longlive_jax.data import shapes
 from longlive_jax.model.attention import TeacherForcing, block_borders
 from longlive_jax.model.flow import Table, training_table
 from longlive_jax.model.module import Network
-from longlive_jax.model.rope import expand, spatial_table
+from longlive_jax.model.rope import expand, spatial_table, temporal_table
 from longlive_jax.parallel.mesh import data_mesh, replicate, split_batch
 from longlive_jax.sample.sampler import Models
 from longlive_jax.train import autoencoder, clips, teacher_forcing
@@ -135,17 +135,35 @@ def ar_step(experiment: Experiment, models: Models, optimizer: Any, mesh: Mesh) 
   return step
 
 
-Draw = Callable[[Array, clips.Bank, PyTree], tuple[teacher_forcing.Batch, tuple[Array, Array]]]
+Turns = tuple[Array, Array]
+Draw = Callable[[Array, clips.Bank, PyTree], tuple[teacher_forcing.Batch, Turns]]
+
+
+def rotations(experiment: Experiment) -> Callable[[clips.Bank, Any, tuple[int, int]], Turns]:
+  """Temporal rotations (cos, sin) `[B, F, P_t]` of the blocks taken of a bank, as the sampler's.
+
+  With relative positions the blocks that are seen stand side by side, whenever they were.
+  """
+  model, sample = experiment.model, experiment.sample
+
+  def absolute(bank: clips.Bank, take: Any, shape: tuple[int, int]) -> Turns:
+    return bank.cos[take].reshape(*shape, -1), bank.sin[take].reshape(*shape, -1)
+
+  def relative(bank: clips.Bank, take: Any, shape: tuple[int, int]) -> Turns:
+    positions = np.arange(shape[1])[None] * sample.t_scale
+    cos, sin = temporal_table(positions, model.head_dim, model.rope_theta)
+    return jnp.tile(cos, (shape[0], 1, 1)), jnp.tile(sin, (shape[0], 1, 1))
+
+  return relative if sample.relative_rope else absolute
 
 
 def batch_of(experiment: Experiment, models: Models, table: Table) -> Draw:
   """Draws a batch of a bank: `(key, bank, text parameters) -> (batch, (cos, sin))`."""
   cfg, data, f = experiment.train, experiment.data, experiment.model.block_latents
+  turns = rotations(experiment)
   nothing = models.tokenizer([experiment.sample.negative_prompt])
 
-  def draw(
-    key: Array, bank: clips.Bank, text: PyTree
-  ) -> tuple[teacher_forcing.Batch, tuple[Array, Array]]:
+  def draw(key: Array, bank: clips.Bank, text: PyTree) -> tuple[teacher_forcing.Batch, Turns]:
     pick, noise, levels, given, dropped = jax.random.split(key, 5)
     clip, blocks = clips.choose(pick, bank, cfg.batch, data)
     take = clip[:, None], blocks
@@ -165,7 +183,6 @@ def batch_of(experiment: Experiment, models: Models, table: Table) -> Draw:
       first=clean[:, :1] if cfg.first_latent_share else None,
       given=jax.random.bernoulli(given, cfg.first_latent_share, (cfg.batch,)),
     )
-    cos, sin = (a[take].reshape(*clean.shape[:2], -1) for a in (bank.cos, bank.sin))
-    return batch, (cos, sin)
+    return batch, turns(bank, take, clean.shape[:2])
 
   return draw

@@ -10,12 +10,18 @@ from longlive_jax.config import Experiment
 from longlive_jax.config.load import load_config
 from longlive_jax.model.flow import training_table
 from longlive_jax.sample.sampler import Models
+from longlive_jax.sample.schedule import SampleState, Schedule
 from longlive_jax.train import clips
 from longlive_jax.train.stages import batch_of
 from longlive_jax.train.teacher_forcing import Batch
 from tests.launch.tiny import OVERRIDES
 
-SHARES = {"train.prompt_dropout_share": 0.3, "train.first_latent_share": 0.4, "train.batch": 400}
+SHARES = {
+  "train.prompt_dropout_share": 0.3,
+  "train.first_latent_share": 0.4,
+  "train.batch": 400,
+  "sample.relative_rope": False,
+}
 
 
 @pytest.fixture(scope="module")
@@ -62,3 +68,25 @@ def test_rotations_and_latents_are_of_the_same_blocks(made):
       part = slice(block * f, (block + 1) * f)
       place = stored[np.asarray(batch.clean[sample, part]).tobytes()]
       np.testing.assert_array_equal(cos[sample, part], bank.cos[place])
+
+
+def test_relative_positions_are_those_of_the_sampler_at_any_block(made, root):
+  """What a late block sees stands side by side, as in the sampler's tables of its pass."""
+  _, models, bank, *_ = made
+  settings = {**OVERRIDES, "io.checkpoint": "", "sample.relative_rope": True, "train.batch": 4}
+  relative = load_config(root / "configs/tiny.py", {**settings, "data.far_share": 1.0})
+  draw = batch_of(relative, models, training_table(relative.model.shift))
+  _, (cos, sin) = jax.jit(draw)(jax.random.key(0), bank, models.params["text"])
+  schedule, states = Schedule.of(relative), (SampleState(),)
+  for block in range(9):
+    states, tables = schedule.enter(states, block, [block == 5])
+    last = slice(-relative.model.block_latents, None)
+    if tables.level == relative.data.blocks:
+      for sample in range(4):
+        np.testing.assert_allclose(cos[sample, last], tables.cos[0], atol=1e-6)
+        np.testing.assert_allclose(sin[sample, last], tables.sin[0], atol=1e-6)
+        order = np.argsort(states[0].slots.order())
+        window = np.asarray(tables.window_cos)[0].reshape(tables.level, -1, cos.shape[-1])
+        np.testing.assert_allclose(cos[sample], np.concatenate(window[order]), atol=1e-6)
+    states, _ = schedule.settle(states, block, [block == 5])
+  assert tables.level == relative.data.blocks
