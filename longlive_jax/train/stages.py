@@ -139,17 +139,17 @@ Turns = tuple[Array, Array]
 Draw = Callable[[Array, clips.Bank, PyTree], tuple[teacher_forcing.Batch, Turns]]
 
 
-def rotations(experiment: Experiment) -> Callable[[clips.Bank, Any, tuple[int, int]], Turns]:
+def rotations(experiment: Experiment) -> Callable[[clips.Bank, Any, tuple[int, ...]], Turns]:
   """Temporal rotations (cos, sin) `[B, F, P_t]` of the blocks taken of a bank, as the sampler's.
 
   With relative positions the blocks that are seen stand side by side, whenever they were.
   """
   model, sample = experiment.model, experiment.sample
 
-  def absolute(bank: clips.Bank, take: Any, shape: tuple[int, int]) -> Turns:
+  def absolute(bank: clips.Bank, take: Any, shape: tuple[int, ...]) -> Turns:
     return bank.cos[take].reshape(*shape, -1), bank.sin[take].reshape(*shape, -1)
 
-  def relative(bank: clips.Bank, take: Any, shape: tuple[int, int]) -> Turns:
+  def relative(bank: clips.Bank, take: Any, shape: tuple[int, ...]) -> Turns:
     positions = np.arange(shape[1])[None] * sample.t_scale
     cos, sin = temporal_table(positions, model.head_dim, model.rope_theta)
     return jnp.tile(cos, (shape[0], 1, 1)), jnp.tile(sin, (shape[0], 1, 1))
