@@ -81,6 +81,7 @@ def train_vae(config: Experiment) -> None:
     clip_norm=1.0,
     ema=0.998,
     kl_weight=3e-4,
+    motion_weight=10.0,
   )
 
 

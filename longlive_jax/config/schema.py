@@ -174,6 +174,7 @@ class Train(Section):
   loss_weighting: str = "bell"  # over noise levels: bell (0 at pure noise) | uniform
   remat: str = "none"  # what the backward pass recomputes: none | dots | full
   kl_weight: float = 1e-4  # stage "vae"
+  motion_weight: float = 0.0  # stage "vae": how much more moving pixels count
   seed: int = 0
 
 

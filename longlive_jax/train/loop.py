@@ -44,6 +44,7 @@ MAY_CHANGE = (
   "train.kl_weight",
   "train.loss_weighting",
   "train.lr",
+  "train.motion_weight",
   "train.remat",
   "train.steps",
   "train.warmup_steps",

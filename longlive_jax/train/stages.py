@@ -63,7 +63,7 @@ def train_vae(
     batch = split_batch(jax.vmap(draw)(taken), mesh)
     loss = functools.partial(autoencoder.objective, network)
     grad = jax.value_and_grad(loss, has_aux=True)
-    (value, metrics), gradients = grad(state.params, batch, noise, cfg.kl_weight)
+    (value, metrics), gradients = grad(state.params, batch, noise, cfg)
     return apply_gradients(state, gradients, optimizer, cfg), {"loss": value, **metrics}
 
   state = run(experiment, workdir, replicate(init_state(params, optimizer), mesh), step)

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from longlive_jax.config import Model, Text, Vae
+from longlive_jax.config import Model, Text, Train, Vae
 from longlive_jax.model.attention import TeacherForcing, block_borders
 from longlive_jax.model.dit import declare_dit
 from longlive_jax.model.flow import training_table
@@ -101,13 +101,25 @@ def test_the_autoencoder_is_scored_by_error_and_divergence():
   network = declare_vae(Vae(encoder_width=2, decoder_width=2, latent_channels=2, residual_blocks=1))
   params = network.init(0)
   video = jax.random.uniform(jax.random.key(0), (1, 5, 32, 32, 3), minval=-1.0)
-  loss, metrics = jax.jit(lambda p, v, k: autoencoder.objective(network, p, v, k, 0.5))(
+  cfg = Train(kl_weight=0.5)
+  loss, metrics = jax.jit(lambda p, v, k: autoencoder.objective(network, p, v, k, cfg))(
     params, video, jax.random.key(1)
   )
   squared = 4.0 / 10.0 ** (float(metrics["psnr"]) / 10.0)
   expected = float(metrics["l1"]) + squared + 0.5 * float(metrics["kl"])
   np.testing.assert_allclose(loss, expected, rtol=1e-4)
   assert metrics["kl"] > 0
+
+
+def test_what_moves_weighs_more():
+  video = np.full((2, 4, 8, 8, 3), -0.5, np.float32)
+  video[0, :2, 2, 3] = 0.5  # a pixel that changes half way
+  weights = np.asarray(autoencoder.motion_weights(jnp.asarray(video), 4.0))
+  assert weights.shape == (2, 4, 8, 8, 1)
+  np.testing.assert_allclose(weights.mean((1, 2, 3, 4)), 1.0, rtol=1e-6)
+  np.testing.assert_allclose(weights[0, :, 2, 3] / weights[0, :, :1, 0], 3.0, rtol=1e-6)
+  np.testing.assert_allclose(weights[1], 1.0, rtol=1e-6)
+  np.testing.assert_array_equal(autoencoder.motion_weights(jnp.asarray(video), 0.0), 1.0)
 
 
 def test_statistics_normalise_each_channel():
