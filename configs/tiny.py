@@ -52,7 +52,7 @@ def get_config(variant: str = "") -> Experiment:
     ),
     video=Video(height=96, width=160, fps=24),
     sample=Sample(steps=16, cut_prefix="Cut. ", relative_rope=True),
-    data=Data(clips=16384),
+    data=Data(clips=8192),
     io=Io(checkpoint="tiny", compile_cache=".jax_cache"),
   )
   for name in filter(None, variant.split(",")):
@@ -71,7 +71,7 @@ def train_vae(config: Experiment) -> None:
   config.io.checkpoint = ""
   config.train = Train(
     stage="vae",
-    steps=8000,
+    steps=6500,
     batch=32,
     lr=2e-3,
     final_lr_fraction=0.02,
@@ -95,7 +95,7 @@ def train_ar(config: Experiment) -> None:
   config.data.far_share = 0.6
   config.train = Train(
     stage="ar",
-    steps=18000,
+    steps=16900,
     batch=128,
     lr=1.5e-3,
     final_lr_fraction=0.02,
@@ -108,4 +108,5 @@ def train_ar(config: Experiment) -> None:
     loss_weighting="uniform",
     prompt_dropout_share=0.1,
     first_latent_share=0.15,
+    remat="dots",
   )

@@ -2,9 +2,11 @@
 
 shapes.png   the world that the tiny model is trained on
 cache.png    what each block of a three-shot video attends to, by the sampler's own account
+training.png metrics of the two runs that made the shipped weights
 """
 
 import argparse
+import json
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -20,6 +22,7 @@ from longlive_jax.io.contact_sheet import Row, spread_frames, write_contact_shee
 from longlive_jax.sample.schedule import SampleState, Schedule
 
 KINDS = ("not seen", "recent", "sink", "pin", "own block")
+RESULTS = Path(__file__).parent.parent / "benchmarks" / "results"
 COLOURS = ("#f2f2f2", "#9ecae1", "#31a354", "#e6550d", "#3b3b3b")
 
 
@@ -72,6 +75,27 @@ def draw_cache(experiment: Experiment, path: Path) -> None:
   plt.close(figure)
 
 
+def draw_training(path: Path) -> None:
+  """Quality of the autoencoder and loss of the transformer against minutes of training."""
+  figure, axes = plt.subplots(1, 2, figsize=(8.4, 3.2), layout="constrained")
+  for panel, stage, metric, label in zip(
+    axes,
+    ("vae", "ar"),
+    ("psnr", "loss"),
+    ("autoencoder: PSNR, dB", "transformer: loss"),
+    strict=True,
+  ):
+    lines = (RESULTS / f"tiny_{stage}_training.jsonl").read_text().splitlines()
+    records = [json.loads(line) for line in lines]
+    minutes = [(record["time"] - records[0]["time"]) / 60 for record in records]
+    panel.plot(minutes, [record[metric] for record in records], color=COLOURS[4], linewidth=1)
+    panel.set(xlabel="minutes", title=label)
+    panel.grid(color=COLOURS[0])
+  axes[1].set_yscale("log")
+  figure.savefig(path, dpi=110)
+  plt.close(figure)
+
+
 def main() -> None:
   """Command line."""
   parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -80,6 +104,7 @@ def main() -> None:
   experiment = load_config("configs/tiny.py")
   draw_shapes(experiment, out / "shapes.png")
   draw_cache(experiment, out / "cache.png")
+  draw_training(out / "training.png")
 
 
 if __name__ == "__main__":

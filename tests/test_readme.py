@@ -155,7 +155,7 @@ def test_pictures_of_the_pages_can_be_drawn_again(tmp_path: Path, monkeypatch: p
   environment = {**os.environ, "MPLBACKEND": "Agg"}
   done = subprocess.run(command, env=environment, capture_output=True, text=True)
   assert done.returncode == 0, done.stderr
-  assert {p.name for p in tmp_path.iterdir()} == {"cache.png", "shapes.png"}
+  assert {p.name for p in tmp_path.iterdir()} == {*("cache.png", "shapes.png", "training.png")}
 
 
 def page(kind: str, text: str, note: str = "") -> str:
