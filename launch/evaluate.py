@@ -7,6 +7,8 @@ precision) are paired: `--against=other.json` adds the paired difference with it
 """
 
 import json
+import shlex
+import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -124,7 +126,7 @@ def evaluate(experiment: Experiment) -> dict[str, object]:
     readings += [shapes_score.read_clip(f, c) for f, c in zip(frames, clips, strict=True)]
   results = [shapes_score.compare_clip(r, c) for r, c in zip(readings, specs, strict=True)]
   report: dict[str, object] = {
-    "command": "python -m launch.evaluate",
+    "command": shlex.join(["python", "-m", "launch.evaluate", *sys.argv[1:]]),
     "flags": {name: flags.FLAGS[name].value for name in (*SAME, "source")},
     "device": jax.devices()[0].device_kind,
     "jax": jax.__version__,
