@@ -24,6 +24,7 @@ PRECISIONS = ("none", "nvfp4", "fp8")
 CACHES = ("none", "nvfp4")
 SCALE_RULES = ("static_6", "static_4", "mse", "mae", "abs_max")
 SMOOTHINGS = ("none", "tokens", "original")
+KERNELS = ("auto", "on", "off")
 WEIGHT_BLOCKS = ("1x16", "16x16")
 ROUNDINGS = ("stochastic", "nearest")
 VAE_SPACE, VAE_TIME = 16, 4  # pixels a latent, frames a latent
@@ -181,6 +182,7 @@ def check_quant(quant: Quant) -> None:
   check_choice("quant.linears", quant.linears, PRECISIONS)
   check_choice("quant.cache", quant.cache, CACHES)
   check_choice("quant.cache_smoothing", quant.cache_smoothing, SMOOTHINGS)
+  check_choice("quant.kernels", quant.kernels, KERNELS)
   for name in ("weights", "activations", "gradients", "cache_rule"):
     check_choice(f"quant.{name}", getattr(quant, name), SCALE_RULES)
   check_choice("quant.weight_blocks", quant.weight_blocks, WEIGHT_BLOCKS)

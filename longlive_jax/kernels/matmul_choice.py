@@ -1,4 +1,4 @@
-"""Which kernel multiplies NVFP4 operands, by what the device can do."""
+"""Which kernels are used, by what the device can do."""
 
 import jax
 
@@ -15,3 +15,23 @@ def kernel_for(device: jax.Device) -> str:
   if device.platform != "gpu" or capability is None:
     return PLAIN
   return _BY_CAPABILITY.get(str(capability).split(".")[0], PLAIN)
+
+
+def use_kernels(setting: str) -> bool:
+  """Whether layers' inputs are quantised by Pallas kernels.
+
+  Args:
+    setting: `quant.kernels`. "auto": on one Hopper GPU (the compiler does not split a kernel call
+      over devices); "on" or "off".
+
+  Raises:
+    ValueError: "on" without a GPU that can run them.
+  """
+  devices = jax.devices()
+  able = kernel_for(devices[0]) == HOPPER
+  if setting == "on" and not able:
+    raise ValueError(
+      f"quant.kernels=on needs a GPU of compute capability 9; found {devices[0].device_kind};"
+      " use auto or off"
+    )
+  return able and (setting == "on" or (setting == "auto" and len(devices) == 1))

@@ -19,13 +19,19 @@ import jax
 import jax.numpy as jnp
 from jax.tree_util import register_dataclass
 
-from longlive_jax.quant.nvfp4 import Spec, dequantise, quantise
+from longlive_jax.kernels.dequantise import dequantise_slots, fits
+from longlive_jax.kernels.quantise import quantise_rows
+from longlive_jax.quant.matmul import kernel_takes
+from longlive_jax.quant.nvfp4 import Spec, dequantise, largest, quantise, unit_of
 from longlive_jax.quant.qtensor import QTensor
+from longlive_jax.quant.rules import find_rule
 from longlive_jax.types import Array
 
 
 @functools.partial(
-  register_dataclass, data_fields=["codes", "scales", "amax", "mean"], meta_fields=["rule"]
+  register_dataclass,
+  data_fields=["codes", "scales", "amax", "mean"],
+  meta_fields=["rule", "kernels"],
 )
 @dataclasses.dataclass(frozen=True)
 class Store:
@@ -37,6 +43,7 @@ class Store:
     amax: float32 `[layers, B, K]`.
     mean: what was taken off, `[layers, B, K, N, D]` in the compute dtype; None = nothing.
     rule: scale rule.
+    kernels: write and read by Pallas kernels, where they can.
   """
 
   codes: Array
@@ -44,6 +51,7 @@ class Store:
   amax: Array
   mean: Array | None
   rule: str
+  kernels: bool = False
 
   def write(self, layer: Array | int, slot: Array, x: Array) -> "Store":
     """Quantises a block `[B, S_b, N, D]` into slot `[B]` of a layer, in place."""
@@ -51,7 +59,7 @@ class Store:
     if self.mean is not None:
       mean = jnp.mean(x.astype(jnp.float32), 1).astype(self.mean.dtype)
       x = (x.astype(jnp.float32) - mean.astype(jnp.float32)[:, None]).astype(x.dtype)
-    q = quantise(x.reshape(x.shape[0], -1, x.shape[-1]), Spec(self.rule, lead=1))
+    q = self._quantise(x.reshape(x.shape[0], -1, x.shape[-1]))
 
     def put(store: Array, new: Array) -> Array:
       for sample in range(new.shape[0]):
@@ -59,7 +67,17 @@ class Store:
         store = jax.lax.dynamic_update_slice(store, new[None, sample : sample + 1, None], at)
       return store
 
-    return jax.tree.map(put, self, Store(q.codes, q.scales, q.amax, mean, self.rule))
+    return jax.tree.map(put, self, Store(q.codes, q.scales, q.amax, mean, self.rule, self.kernels))
+
+  def _quantise(self, x: Array) -> QTensor:
+    """`[B, R, D]` with an amax a sample."""
+    spec = Spec(self.rule)
+    if not (self.kernels and kernel_takes(x[0], spec)):
+      return quantise(x, dataclasses.replace(spec, lead=1))
+    rule, amax = find_rule(self.rule), largest(x, 1)
+    parts = [quantise_rows(*each, rule) for each in zip(x, amax, strict=True)]
+    codes, scales = (jnp.stack(arrays) for arrays in zip(*parts, strict=True))
+    return QTensor(codes, scales, amax, self.rule)
 
   def read(self, layer: Array | int, level: int, heads: int, dtype: jnp.dtype) -> Array:
     """The lowest `level` slots of a layer, `[B, level, S_b, N, D]`."""
@@ -68,11 +86,18 @@ class Store:
       size = (1, store.shape[1], level, *store.shape[3:])
       return jax.lax.dynamic_slice(store, (layer, *(0,) * (store.ndim - 1)), size)[0]
 
+    if self.kernels and self.mean is None and dtype == jnp.bfloat16 and self._fits():
+      unit = unit_of(QTensor(self.codes, self.scales, self.amax, self.rule))
+      out = dequantise_slots(self.codes, self.scales, unit, jnp.asarray(layer), level)
+      return out.reshape(*out.shape[:2], -1, heads, out.shape[-1])
     q = QTensor(take(self.codes), take(self.scales), take(self.amax), self.rule)
     if self.mean is None:
       return dequantise(q, dtype).reshape(*q.shape[:2], -1, heads, q.shape[-1])
     blocks = dequantise(q, jnp.float32).reshape(*q.shape[:2], -1, heads, q.shape[-1])
     return (blocks + take(self.mean).astype(jnp.float32)[:, :, None]).astype(dtype)
+
+  def _fits(self) -> bool:
+    return fits(self.codes.shape[-2], 2 * self.codes.shape[-1])
 
 
 @functools.partial(register_dataclass, data_fields=["k", "v"], meta_fields=["smoothing"])
@@ -120,7 +145,11 @@ def overlay(blocks: Array, slot: Array, own: Array) -> Array:
 
 
 def empty_quantised_cache(
-  shape: tuple[int, int, int, int, int, int], dtype: str, rule: str, smoothing: str = "none"
+  shape: tuple[int, int, int, int, int, int],
+  dtype: str,
+  rule: str,
+  smoothing: str = "none",
+  kernels: bool = False,
 ) -> QuantisedKVCache:
   """A cache that holds zeros.
 
@@ -129,6 +158,7 @@ def empty_quantised_cache(
     dtype: of keys and values as attention sees them.
     rule: scale rule.
     smoothing: see above.
+    kernels: see `Store`.
   """
   layers, batch, slots, tokens, heads, dim = shape
 
@@ -140,6 +170,7 @@ def empty_quantised_cache(
       amax=jnp.zeros(rows[:3], jnp.float32),
       mean=jnp.zeros((*rows[:3], heads, dim), dtype) if with_mean else None,
       rule=rule,
+      kernels=kernels,
     )
 
   return QuantisedKVCache(store(smoothing == "tokens"), store(False), smoothing)

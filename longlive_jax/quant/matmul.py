@@ -20,11 +20,15 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 
+from longlive_jax.kernels.quantise import fake_quantise_rows, quantise_rows
 from longlive_jax.model.ops import PACKED, PRODUCT, contract
-from longlive_jax.quant.nvfp4 import Spec, dequantise, quantise, scale_free, unit_of
+from longlive_jax.quant.formats import BLOCK
+from longlive_jax.quant.nvfp4 import Spec, dequantise, largest, quantise, scale_free, unit_of
 from longlive_jax.quant.qtensor import QTensor
+from longlive_jax.quant.rules import find_rule
 from longlive_jax.types import Array
 
 
@@ -38,6 +42,7 @@ class Recipe:
     g: output gradient of dgrad.
     x_wgrad: input of wgrad, quantised a second time along tokens.
     g_wgrad: output gradient of wgrad, along tokens.
+    kernels: quantise x for fprop by the Pallas kernels, where they can take it.
 
   Raises:
     ValueError: one operand of wgrad is turned by the Hadamard transform and the other is not.
@@ -48,6 +53,7 @@ class Recipe:
   g: Spec | None = None
   x_wgrad: Spec | None = None
   g_wgrad: Spec | None = None
+  kernels: bool = False
 
   def __post_init__(self) -> None:
     turned = [spec is not None and spec.hadamard for spec in (self.x_wgrad, self.g_wgrad)]
@@ -68,6 +74,7 @@ def nvfp4_recipe(
   square_weights: bool = False,
   stochastic: bool = True,
   exact: bool = False,
+  kernels: bool = False,
 ) -> Recipe:
   """The recipe of the original.
 
@@ -78,6 +85,7 @@ def nvfp4_recipe(
     square_weights: 16x16 blocks, so that fprop and dgrad see the same weight (training).
     stochastic: round gradients stochastically.
     exact: quantise weights to the bit.
+    kernels: see `Recipe`.
   """
 
   def spec(rule: str, **more: bool) -> Spec | None:
@@ -90,6 +98,7 @@ def nvfp4_recipe(
     g=spec(gradients, stochastic=stochastic),
     x_wgrad=spec(activations, hadamard=turn),
     g_wgrad=spec(gradients, hadamard=turn, stochastic=stochastic),
+    kernels=kernels,
   )
 
 
@@ -105,6 +114,29 @@ def operand(x: Array, spec: Spec | None, key: Array | None = None, flip: bool = 
   if spec is None:
     return Operand((x.T if flip else x).astype(jnp.bfloat16), 1.0)
   return from_packed(quantise(x, dataclasses.replace(spec, transpose=flip), key=key))
+
+
+def kernel_takes(x: Array, spec: Spec) -> bool:
+  """Whether the kernels that quantise can do so: a bfloat16 matrix, blocks along its rows."""
+  plain = Spec(spec.rule) == spec
+  return plain and x.dtype == jnp.bfloat16 and x.shape[1] % BLOCK == 0 and x.size < 2**31
+
+
+def input_operand(x: Array, recipe: Recipe) -> Operand:
+  """x as the left operand of fprop."""
+  if recipe.x is None or not (recipe.kernels and kernel_takes(x, recipe.x)):
+    return operand(x, recipe.x)
+  rule, amax = find_rule(recipe.x.rule), largest(x)
+  return Operand(fake_quantise_rows(x, amax, rule), amax * np.float32(1 / rule.c))
+
+
+def packed_input(x: Array, recipe: Recipe) -> QTensor:
+  """x as it is kept for the backward pass; `recipe.x` is not None."""
+  spec = recipe.x or Spec()
+  if not (recipe.kernels and kernel_takes(x, spec)):
+    return quantise(x, spec)
+  amax = largest(x)
+  return QTensor(*quantise_rows(x, amax, find_rule(spec.rule)), amax, spec.rule)
 
 
 def from_packed(q: QTensor) -> Operand:
@@ -140,7 +172,7 @@ def quantised_product(
   Numerics: one amax for all of x: what else is in a batch moves results by the quantisation error.
   """
   del key
-  return product(operand(x, recipe.x), weight_operand(w, recipe.w))
+  return product(input_operand(x, recipe), weight_operand(w, recipe.w))
 
 
 Saved = tuple[Array | QTensor | None, Array | QTensor, Array | None, jax.Array]
@@ -149,7 +181,7 @@ Saved = tuple[Array | QTensor | None, Array | QTensor, Array | None, jax.Array]
 def _fprop(recipe: Recipe, x: Array, w: Array | QTensor, key: Array | None) -> tuple[Array, Saved]:
   packed: Array | QTensor = x.astype(jnp.bfloat16)
   if recipe.x is not None:
-    packed = jax.tree.map(lambda a: checkpoint_name(a, PACKED), quantise(x, recipe.x))
+    packed = jax.tree.map(lambda a: checkpoint_name(a, PACKED), packed_input(x, recipe))
   left = from_packed(packed) if isinstance(packed, QTensor) else Operand(packed, 1.0)
   trained = None if isinstance(w, QTensor) else packed
   return product(left, weight_operand(w, recipe.w)), (trained, w, key, jnp.zeros((), x.dtype))

@@ -16,6 +16,7 @@ from typing import Any
 import jax
 
 from longlive_jax.config import Quant
+from longlive_jax.kernels.matmul_choice import use_kernels
 from longlive_jax.model.ops import Matmul, Ops
 from longlive_jax.quant import fp8
 from longlive_jax.quant.fp8 import Rows, fp8_matmul
@@ -35,6 +36,7 @@ def recipe_of(quant: Quant) -> Recipe:
     quant.gradients,
     square_weights=quant.weight_blocks == "16x16",
     stochastic=quant.gradient_rounding == "stochastic",
+    kernels=use_kernels(quant.kernels),
   )
 
 

@@ -19,6 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from longlive_jax.config import Experiment
+from longlive_jax.kernels.matmul_choice import use_kernels
 from longlive_jax.model.dit import TextKV
 from longlive_jax.model.kv_cache import Cache, SlotState, admit, empty_cache, keep_sink
 from longlive_jax.quant.kv import empty_quantised_cache
@@ -118,7 +119,10 @@ class Engine:
     def cache() -> Cache:
       if quant.cache == "none":
         return empty_cache(*shape, model.dtype)
-      return empty_quantised_cache(shape, model.dtype, quant.cache_rule, quant.cache_smoothing)
+      kernels = quant.kernels == "on" and use_kernels("on")
+      return empty_quantised_cache(
+        shape, model.dtype, quant.cache_rule, quant.cache_smoothing, kernels
+      )
 
     return tuple(cache() for _ in range(self.branches))
 

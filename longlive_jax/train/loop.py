@@ -30,6 +30,7 @@ MAY_CHANGE = (
   "name",
   "model.attention",
   "model.vae.convolution",
+  "quant.kernels",
   "sample.guidance",
   "sample.negative_prompt",
   "sample.seed",

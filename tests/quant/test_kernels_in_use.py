@@ -1,0 +1,92 @@
+"""Layers and caches that quantise and read by kernels: the same numbers as without."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from longlive_jax.config import Quant
+from longlive_jax.kernels import matmul_choice
+from longlive_jax.kernels.matmul_choice import use_kernels
+from longlive_jax.quant.kv import QuantisedKVCache, empty_quantised_cache
+from longlive_jax.quant.matmul import input_operand, kernel_takes, nvfp4_recipe, packed_input
+from longlive_jax.quant.nvfp4 import Spec
+from longlive_jax.quant.policy import recipe_of
+from longlive_jax.types import Array
+from tests.kernels.mosaic import interpreted
+
+RECIPE = nvfp4_recipe("static_6", "mse", "", kernels=True)
+PLAIN = dataclasses.replace(RECIPE, kernels=False)
+BLOCK_SHAPE = (2, 16, 2, 64)  # B, S_b, N, D: a slot is 2048 elements
+
+
+def draw(*shape: int, seed: int = 0) -> Array:
+  return jax.random.normal(jax.random.key(seed), shape, jnp.bfloat16)
+
+
+def same_bits(a: Array, b: Array) -> None:
+  np.testing.assert_array_equal(np.asarray(a.astype(jnp.float32)), np.asarray(b, np.float32))
+
+
+def test_inputs_of_layers():
+  x = draw(64, 64)
+  with interpreted():
+    ours, packed = input_operand(x, RECIPE), packed_input(x, RECIPE)
+  theirs = input_operand(x, PLAIN)
+  same_bits(ours.values, theirs.values)
+  assert ours.unit == theirs.unit
+  plain = packed_input(x, PLAIN)
+  np.testing.assert_array_equal(packed.codes, plain.codes)
+  same_bits(packed.scales, plain.scales)
+  assert (packed.shape, packed.rule, packed.blocks) == (plain.shape, plain.rule, plain.blocks)
+
+
+def exchange(cache: QuantisedKVCache) -> tuple[QuantisedKVCache, Array, Array]:
+  """Two blocks into two slots of layer 1; what the second attends to, without being kept."""
+  first = (draw(*BLOCK_SHAPE), 3.0 * draw(*BLOCK_SHAPE, seed=1))
+  second = (draw(*BLOCK_SHAPE, seed=2), draw(*BLOCK_SHAPE, seed=3))
+  layer, slots = jnp.int32(1), jnp.zeros(2, jnp.int32)
+  cache, _, _ = cache.exchange(layer, slots, *first, 1, True)
+  cache, _, _ = cache.exchange(layer, slots + 1, *second, 2, True)
+  return cache.exchange(layer, slots + 2, *second, 3, False)
+
+
+@pytest.mark.parametrize("smoothing", ["none", "tokens"])
+def test_cache(smoothing):
+  samples, tokens, heads, dim = BLOCK_SHAPE
+  shape = (2, samples, 3, tokens, heads, dim)
+  with interpreted():
+    ours = exchange(empty_quantised_cache(shape, "bfloat16", "mse", smoothing, kernels=True))
+  theirs = exchange(empty_quantised_cache(shape, "bfloat16", "mse", smoothing))
+  for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True):
+    same_bits(a, b)
+
+
+def test_what_kernels_cannot_take_is_left_to_jnp():
+  takes = draw(8, 32)
+  assert kernel_takes(takes, Spec("mae"))
+  assert not kernel_takes(takes.astype(jnp.float32), Spec("mae"))
+  assert not kernel_takes(draw(8, 24), Spec("mae"))
+  for other in ({"hadamard": True}, {"two_d": True}, {"stochastic": True}, {"exact": True}):
+    assert not kernel_takes(takes, Spec("mae", **other))
+  x = draw(8, 24)
+  same_bits(input_operand(x, RECIPE).values, input_operand(x, PLAIN).values)
+
+
+def test_without_a_gpu_no_kernel_is_used():
+  assert not use_kernels("auto") and not use_kernels("off")
+  assert not recipe_of(Quant(linears="nvfp4")).kernels
+  with pytest.raises(ValueError, match="quant.kernels=on needs a GPU"):
+    use_kernels("on")
+
+
+@pytest.mark.parametrize(
+  ("setting", "count", "used"),
+  [("auto", 1, True), ("auto", 2, False), ("on", 2, True), ("off", 1, False)],
+)
+def test_a_hopper_gpu_uses_them(monkeypatch, setting, count, used):
+  monkeypatch.setattr(matmul_choice, "kernel_for", lambda device: matmul_choice.HOPPER)
+  monkeypatch.setattr(jax, "devices", lambda: [object()] * count)
+  assert use_kernels(setting) is used
