@@ -5,6 +5,10 @@
 
 Single vectors (the constants of the latents, the biases of the VAE) stay float32. Loading converts
 to float32, or to `model.dtype`, again.
+
+`--dtype=nvfp4 --config.quant.linears=nvfp4` stores the layers that `quant.layers` names in NVFP4,
+byte for byte what loading the source with these settings gives, and the rest in bfloat16. Such a
+checkpoint is loaded with the same `quant` settings, and is for sampling.
 """
 
 import json
@@ -13,13 +17,30 @@ from pathlib import Path
 import jax
 from absl import flags, logging
 
-from longlive_jax.build import build_models, find_checkpoint
+from longlive_jax.build import build_models, cast_params, find_checkpoint
+from longlive_jax.config import Experiment
 from longlive_jax.config.load import define_config_flag, from_flags, run_main, to_json
 from longlive_jax.io.checkpoint import read_metadata, save_params
+from longlive_jax.quant.policy import quantise_params
+from longlive_jax.quant.qtensor import QTensor
+from longlive_jax.types import Array, PyTree
 
 CONFIG = define_config_flag()
 OUT = flags.DEFINE_string("out", "outputs/exported", "folder to write")
-DTYPE = flags.DEFINE_enum("dtype", "bfloat16", ["bfloat16", "float32"], "of the weights")
+DTYPE = flags.DEFINE_enum("dtype", "bfloat16", ["bfloat16", "float32", "nvfp4"], "of the weights")
+
+
+def narrowed(params: dict[str, PyTree], experiment: Experiment, dtype: str) -> dict[str, PyTree]:
+  """Parameters of all networks as they are stored."""
+  if dtype == "nvfp4":
+    dit = cast_params(params["dit"], experiment.model.dtype)
+    params = params | {"dit": quantise_params(dit, experiment.quant)}
+  wide = "bfloat16" if dtype == "nvfp4" else dtype
+
+  def narrow(leaf: Array | QTensor) -> Array | QTensor:
+    return leaf if isinstance(leaf, QTensor) or leaf.ndim < 2 else leaf.astype(wide)
+
+  return jax.tree.map(narrow, params, is_leaf=lambda leaf: isinstance(leaf, QTensor))
 
 
 def main(argv: list[str]) -> None:
@@ -28,12 +49,19 @@ def main(argv: list[str]) -> None:
   experiment = from_flags(CONFIG.value)
   if not experiment.io.checkpoint:
     raise ValueError("io.checkpoint is empty: it must name the weights to export")
+  if DTYPE.value == "nvfp4" and experiment.quant.linears != "nvfp4":
+    raise ValueError("--dtype=nvfp4 needs --config.quant.linears=nvfp4, which says how")
   source = find_checkpoint(experiment.io.checkpoint)
-  params = build_models(experiment).params
+  metadata = read_metadata(source)
+  if metadata.get("dtype") == "nvfp4" != DTYPE.value:
+    raise ValueError(
+      f"io.checkpoint='{source}' holds weights in NVFP4; --dtype={DTYPE.value} needs the ones that"
+      " they were made of"
+    )
+  params = narrowed(build_models(experiment).params, experiment, DTYPE.value)
   config = json.loads(to_json(experiment))
   config["io"]["checkpoint"] = ""
-  narrow = jax.tree.map(lambda a: a.astype(DTYPE.value) if a.ndim > 1 else a, params)
-  save_params(OUT.value, narrow, config, {**read_metadata(source), "dtype": DTYPE.value})
+  save_params(OUT.value, params, config, {**metadata, "dtype": DTYPE.value})
   size = sum(path.stat().st_size for path in Path(OUT.value).rglob("*") if path.is_file())
   logging.info("%s: %.1f MB", OUT.value, size / 1e6)
 

@@ -1,6 +1,7 @@
 """From an experiment to something that runs: the single place that sees every layer."""
 
 import dataclasses
+import functools
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from absl import logging
 from longlive_jax.config import Experiment
 from longlive_jax.config.load import load_config, read_saved
 from longlive_jax.config.walk import differences
-from longlive_jax.io.checkpoint import MismatchError, load_params
+from longlive_jax.io.checkpoint import MismatchError, load_params, read_metadata
 from longlive_jax.io.leaves import path_name
 from longlive_jax.model.dit import declare_dit
 from longlive_jax.model.module import Network
@@ -24,6 +25,7 @@ from longlive_jax.sample.sampler import Models, Sampler
 from longlive_jax.types import Array, PyTree
 
 ASSETS = Path(__file__).parent / "assets"
+STORED_QUANT = ("linears", "layers", "weights", "weight_blocks")  # what NVFP4 weights depend on
 
 
 def enable_compile_cache(experiment: Experiment) -> None:
@@ -96,10 +98,25 @@ def fresh_params(experiment: Experiment, networks: dict[str, Network]) -> dict[s
   return params | ({"text": frozen_params(networks["text"], text)} if text.frozen_seed >= 0 else {})
 
 
+def check_stored_quant(experiment: Experiment, folder: Path) -> None:
+  """That weights which are stored in NVFP4 were quantised as the experiment says.
+
+  Raises:
+    ValueError: names the settings that differ.
+  """
+  here, there = experiment.quant, read_saved(folder / "config.json").quant
+  for name in STORED_QUANT:
+    if getattr(here, name) != getattr(there, name):
+      raise ValueError(
+        f"io.checkpoint='{folder}' holds weights in NVFP4 with quant.{name}="
+        f"{getattr(there, name)!r}, not {getattr(here, name)!r}"
+      )
+
+
 def load_networks(
   experiment: Experiment, networks: dict[str, Network], folder: Path
 ) -> dict[str, PyTree]:
-  """Parameters of all networks from a checkpoint, float32 whatever is stored.
+  """Parameters of all networks from a checkpoint, float32 whatever is stored; NVFP4 stays.
 
   Raises:
     ValueError: they do not fit the experiment (names the settings that differ), or are not finite.
@@ -108,6 +125,10 @@ def load_networks(
     name: jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, jnp.float32), net.abstract)
     for name, net in networks.items()
   }
+  if read_metadata(folder).get("dtype") == "nvfp4":
+    check_stored_quant(experiment, folder)
+    quantise = functools.partial(quantise_params, quant=experiment.quant)
+    abstract["dit"] = jax.eval_shape(quantise, abstract["dit"])
   try:
     return load_params(folder, abstract)
   except MismatchError as error:

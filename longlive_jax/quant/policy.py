@@ -57,11 +57,14 @@ def selected(paths: Iterable[str], patterns: tuple[str, ...]) -> frozenset[str]:
   return frozenset(chosen)
 
 
+def is_quantised(leaf: object) -> bool:
+  """Whether something is a quantised weight."""
+  return isinstance(leaf, QTensor | Rows)
+
+
 def linear_paths(params: PyTree) -> list[str]:
   """Paths of the linear layers of a transformer's parameters: what holds a kernel."""
-  leaves = jax.tree_util.tree_leaves_with_path(
-    params, is_leaf=lambda a: isinstance(a, QTensor | Rows)
-  )
+  leaves = jax.tree_util.tree_leaves_with_path(params, is_leaf=is_quantised)
   names = ["/".join(str(key.key) for key in path) for path, _ in leaves]
   return [name.removesuffix(f"/{KERNEL}") for name in names if name.endswith(f"/{KERNEL}")]
 
@@ -108,7 +111,8 @@ def matmul_of(product: Product, chosen: frozenset[str], otherwise: Matmul) -> Ma
 def quantise_params(params: PyTree, quant: Quant) -> PyTree:
   """Replaces the kernels `[..., in, out]` of the chosen layers by quantised ones `[..., out, in]`.
 
-  NVFP4 is exact: weights agree byte for byte wherever they are quantised.
+  NVFP4 is exact: weights agree byte for byte wherever they are quantised. What is quantised already
+  stays as it is.
   """
   if quant.linears == "none":
     return params
@@ -117,9 +121,11 @@ def quantise_params(params: PyTree, quant: Quant) -> PyTree:
   nvfp4 = functools.partial(quantise_weight, spec=spec)
   quantise = jax.jit(fp8.quantise_weight if quant.linears == "fp8" else nvfp4)
 
-  def replace(path: tuple[Any, ...], leaf: Array) -> Weight:
+  def replace(path: tuple[Any, ...], leaf: Weight) -> Weight:
+    if is_quantised(leaf):
+      return leaf
     name = "/".join(str(key.key) for key in path)
     is_chosen = name.removesuffix(f"/{KERNEL}") in chosen and name.endswith(f"/{KERNEL}")
     return quantise(leaf) if is_chosen else leaf
 
-  return jax.tree_util.tree_map_with_path(replace, params)
+  return jax.tree_util.tree_map_with_path(replace, params, is_leaf=is_quantised)
