@@ -2,21 +2,25 @@ r"""Times parts of the system on this device, each beside its alternatives and w
 
   python -m launch.bench --suite=quant --sizes=5b --out=outputs/quant.jsonl
 
+Suites: "quant" (quantising, products, reading the cache) and "block" (a block of a long video).
 Writes one JSON record a line, see `longlive_jax/eval/bench.py`, and prints a table. Kernels run
 only where the device has the instructions they use; `--only` picks cases by a part of their name.
 """
 
 import json
+from collections.abc import Iterator
 
 from absl import flags
 
-from longlive_jax.config.load import run_main
-from longlive_jax.eval import bench_quant
-from longlive_jax.eval.bench import Record, measure
+from longlive_jax.build import cast_params, choose_ops
+from longlive_jax.config.load import load_config, run_main
+from longlive_jax.eval import bench_block, bench_quant
+from longlive_jax.eval.bench import Case, Record, measure
 from longlive_jax.io.atomic import check_writable, replacing
 
-SUITE = flags.DEFINE_enum("suite", "quant", ["quant"], "what to time")
-SIZES = flags.DEFINE_enum("sizes", "5b", sorted(bench_quant.SIZES), "of which model")
+CONFIGS = {"5b": "configs/wan5b_sample.py", "tiny": "configs/tiny.py"}
+SUITE = flags.DEFINE_enum("suite", "quant", ["block", "quant"], "what to time")
+SIZES = flags.DEFINE_enum("sizes", "5b", sorted(CONFIGS), "of which model")
 ONLY = flags.DEFINE_string("only", "", "run only cases whose name has this in it")
 REPEATS = flags.DEFINE_integer("repeats", 30, "timed runs of each implementation", lower_bound=1)
 WARM = flags.DEFINE_float("warm_seconds", 20.0, "of runs before the timed ones", lower_bound=0.0)
@@ -34,14 +38,21 @@ def line(record: Record) -> str:
   )
 
 
+def jobs() -> Iterator[Case]:
+  """What the flags ask for."""
+  if SUITE.value == "quant":
+    return bench_quant.cases(bench_quant.SIZES[SIZES.value])
+  experiment = load_config(CONFIGS[SIZES.value])
+  return bench_block.cases(experiment, choose_ops(experiment), cast_params)
+
+
 def main(argv: list[str]) -> None:
   """Command line."""
   del argv
   check_writable(OUT.value)
-  cases = bench_quant.cases(bench_quant.SIZES[SIZES.value])
   records: list[Record] = []
   print(f"{'case':30} {'sizes':34} {'by':9} {'median us':>11} {'TFLOP/s':>9} {'GB/s':>9} error")
-  for case in cases:
+  for case in jobs():
     if ONLY.value not in case.name:
       continue
     for record in measure(case, REPEATS.value, WARM.value):

@@ -112,8 +112,11 @@ def compiled(function: Callable[..., PyTree], args: tuple[PyTree, ...]) -> tuple
   executable = jax.jit(function).lower(*args).compile()
   seconds = time.perf_counter() - began
   memory = executable.memory_analysis()
-  temporary = None if memory is None else memory.temp_size_in_bytes
-  return executable, {"compile_seconds": seconds, "temporary_bytes": temporary}
+  sizes = {
+    "temporary_bytes": None if memory is None else memory.temp_size_in_bytes,
+    "argument_bytes": None if memory is None else memory.argument_size_in_bytes,
+  }
+  return executable, {"compile_seconds": seconds, **sizes}
 
 
 def measure(case: Case, repeats: int, warm_seconds: float) -> Iterator[Record]:

@@ -7,8 +7,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from longlive_jax.build import cast_params
+from longlive_jax.config.load import load_config
+from longlive_jax.eval import bench_block
 from longlive_jax.eval.bench import Case, chain, measure
+from longlive_jax.model.ops import REFERENCE
+from tests.launch.tiny import OVERRIDES
 
+BLOCK = {"model.width": 64, "model.ffn_width": 64, "model.heads": 2}
 QUICK = ("--sizes=tiny", "--repeats=3", "--warm_seconds=0")
 
 
@@ -29,6 +35,18 @@ def test_every_part_has_a_record_of_how_fast_how_right_and_where(program, tmp_pa
     assert 0 < record["p10_us"] <= record["median_us"] <= record["p90_us"]
     assert record["error"] < 0.01 and record["compile_seconds"] > 0
     assert record["versions"]["jax"] == jax.__version__ and record["device"]
+
+
+def test_a_block_is_timed_in_every_precision():
+  experiment = load_config("configs/tiny.py", {**OVERRIDES, **BLOCK})
+  (case,) = bench_block.cases(experiment, REFERENCE, cast_params)
+  records = {record["implementation"]: record for record in measure(case, 2, 0.0)}
+  assert set(records) == set(bench_block.VARIANTS)
+  errors = {name: record["error"] for name, record in records.items()}
+  assert errors["bfloat16"] == 0 and min(errors["nvfp4 linears"], errors["nvfp4 cache"]) > 1e-4
+  assert max(errors.values()) < 0.5
+  held = {name: record["argument_bytes"] for name, record in records.items()}
+  assert held["nvfp4 both"] < min(held["nvfp4 linears"], held["nvfp4 cache"]) < held["bfloat16"]
 
 
 def test_a_case_that_is_not_there(program, tmp_path):
