@@ -4,8 +4,10 @@
 
 Every script is drawn from its own seed, so two runs (another checkpoint, fewer steps, another
 precision) are paired: `--against=other.json` adds the paired difference with its standard error.
+`--unquantised` makes each video a second time, from the same noise, without what `quant` asks for.
 """
 
+import dataclasses
 import json
 import shlex
 import sys
@@ -20,10 +22,17 @@ from tqdm import tqdm
 
 from longlive_jax.build import Pipeline, enable_compile_cache
 from longlive_jax.config import Experiment
-from longlive_jax.config.load import define_config_flag, from_flags, run_main, to_json
+from longlive_jax.config.load import (
+  define_config_flag,
+  from_flags,
+  from_json,
+  run_main,
+  to_json,
+)
 from longlive_jax.data import shapes
 from longlive_jax.data.prompts import Script, Shot
 from longlive_jax.eval import shapes_score
+from longlive_jax.eval.similarity import psnr
 from longlive_jax.io.atomic import check_writable, replacing
 from longlive_jax.sample.latents import split_blocks
 
@@ -43,6 +52,9 @@ SOURCE = flags.DEFINE_enum(
 )
 OUT = flags.DEFINE_string("out", "outputs/score.json", "file to write")
 AGAINST = flags.DEFINE_string("against", None, "score file to compare with, script by script")
+UNQUANTISED = flags.DEFINE_bool(
+  "unquantised", False, "compare with the same model with quant.linears=none and quant.cache=none"
+)
 SAME = ("scripts", "first_seed", "shots", "blocks")  # flags that make the scripts
 
 
@@ -109,38 +121,89 @@ def through_vae(pipeline: Pipeline, clip: shapes.ClipSpec) -> np.ndarray:
   return np.concatenate(parts)
 
 
+@dataclasses.dataclass
+class Run:
+  """The videos of one model: how they are made, what they show, and how long they took."""
+
+  make: Frames
+  readings: list[shapes_score.ClipReading] = dataclasses.field(default_factory=list)
+  seconds: float = 0.0
+  frames: int = 0
+
+  def add(self, clips: Sequence[shapes.ClipSpec], seeds: Sequence[int]) -> np.ndarray:
+    """Makes and reads the videos of some clips."""
+    began = time.perf_counter()
+    videos = self.make(clips, seeds)
+    self.seconds += time.perf_counter() - began
+    self.frames += videos.shape[0] * videos.shape[1]
+    pairs = zip(videos, clips, strict=True)
+    self.readings += [shapes_score.read_clip(video, clip) for video, clip in pairs]
+    return videos
+
+  def results(self, clips: Sequence[shapes.ClipSpec]) -> list[shapes_score.Result]:
+    """Comparison of each video with its script."""
+    pairs = zip(self.readings, clips, strict=True)
+    return [shapes_score.compare_clip(reading, clip) for reading, clip in pairs]
+
+
+def unquantised(experiment: Experiment) -> Experiment:
+  """The experiment without low precision."""
+  plain = from_json(to_json(experiment))
+  plain.quant.linears = plain.quant.cache = "none"
+  return from_flags(plain)
+
+
 def evaluate(experiment: Experiment) -> dict[str, object]:
   """Makes and scores all videos."""
   other = read_against(AGAINST.value) if AGAINST.value else None
-  make = source_of(experiment)
+  runs = [Run(source_of(experiment))]
+  if UNQUANTISED.value:
+    runs.append(Run(source_of(unquantised(experiment))))
   seeds = range(FIRST_SEED.value, FIRST_SEED.value + SCRIPTS.value)
-  readings, specs, seconds, frames_made = [], [], 0.0, 0
+  specs: list[shapes.ClipSpec] = []
+  alike: list[float] = []
   for start in tqdm(range(0, SCRIPTS.value, BATCH.value), unit="batch"):
     group = seeds[start : start + BATCH.value]
     clips = [draw_clip(experiment, seed) for seed in group]
-    began = time.perf_counter()
-    frames = make(clips, group)
-    seconds += time.perf_counter() - began
-    frames_made += frames.shape[0] * frames.shape[1]
+    made = [run.add(clips, group) for run in runs]
+    if UNQUANTISED.value:
+      alike += [psnr(*pair) for pair in zip(*made, strict=True)]
     specs += clips
-    readings += [shapes_score.read_clip(f, c) for f, c in zip(frames, clips, strict=True)]
-  results = [shapes_score.compare_clip(r, c) for r, c in zip(readings, specs, strict=True)]
+  report = describe(experiment, runs[0], specs)
+  results = runs[0].results(specs)
+  if other is not None:
+    report["against"] = AGAINST.value
+    report["difference"] = shapes_score.paired(results, other)
+  if UNQUANTISED.value:
+    plain = runs[1].results(specs)
+    report["unquantised"] = {
+      "score": shapes_score.score(plain),
+      "difference": shapes_score.paired(results, plain),
+      "psnr": float(np.mean(alike)),
+      "psnr_error": float(np.std(alike) / np.sqrt(len(alike))),
+      "frames_per_second": runs[1].frames / runs[1].seconds,
+    }
+  return report
+
+
+def describe(
+  experiment: Experiment, run: Run, specs: Sequence[shapes.ClipSpec]
+) -> dict[str, object]:
+  """The report on one run."""
+  results = run.results(specs)
   report: dict[str, object] = {
     "command": shlex.join(["python", "-m", "launch.evaluate", *sys.argv[1:]]),
     "flags": {name: flags.FLAGS[name].value for name in (*SAME, "source")},
     "device": jax.devices()[0].device_kind,
     "jax": jax.__version__,
-    "frames_per_second": frames_made / seconds,
+    "frames_per_second": run.frames / run.seconds,
     "score": shapes_score.score(results),
     "chance": shapes_score.chance(),
     "config": json.loads(to_json(experiment)),
     "results": results,
   }
   if len(specs) > 1:
-    report["permuted"] = shapes_score.score(shapes_score.permuted(readings, specs))
-  if other is not None:
-    report["against"] = AGAINST.value
-    report["difference"] = shapes_score.paired(results, other)
+    report["permuted"] = shapes_score.score(shapes_score.permuted(run.readings, specs))
   return report
 
 
@@ -148,6 +211,10 @@ def main(argv: list[str]) -> None:
   """Command line."""
   del argv
   experiment = from_flags(CONFIG.value)
+  if UNQUANTISED.value and (experiment.quant.linears, experiment.quant.cache) == ("none", "none"):
+    raise ValueError("--unquantised compares with nothing: set quant.linears or quant.cache")
+  if UNQUANTISED.value and SOURCE.value != "model":
+    raise ValueError(f"--unquantised needs --source=model, not {SOURCE.value}")
   if SCRIPTS.value % BATCH.value:
     raise ValueError(f"--scripts={SCRIPTS.value} must be a multiple of --batch={BATCH.value}")
   if Path(OUT.value).is_dir():

@@ -89,3 +89,28 @@ def test_controls_score_real_clips_with_and_without_the_vae(evaluate, tmp_path):
     assert done.code == 0, done.stderr
     scores[source] = json.loads((tmp_path / f"{source}.json").read_text())["score"]["score"]
   assert scores["real"] > 0.9 > scores["vae"], "untrained, the VAE loses everything"
+
+
+def test_low_precision_is_compared_with_the_same_model_without(evaluate, tmp_path, report):
+  low = ("--config.quant.linears=nvfp4", "--unquantised")
+  done = evaluate("low.json", *low)
+  assert done.code == 0, done.stderr
+  found = json.loads((tmp_path / "low.json").read_text())
+  plain = found["unquantised"]
+  assert plain["score"] == report["score"]
+  expected = found["score"]["score"] - report["score"]["score"]
+  assert plain["difference"]["score"] == pytest.approx(expected)
+  assert 0 < plain["psnr"] < 100 and plain["psnr_error"] > 0 and plain["frames_per_second"] > 0
+
+
+@pytest.mark.parametrize(
+  ("arguments", "said"),
+  [
+    (("--unquantised",), "set quant.linears or quant.cache"),
+    (("--unquantised", "--config.quant.linears=nvfp4", "--source=vae"), "needs --source=model"),
+  ],
+)
+def test_nothing_to_compare_with(evaluate, tmp_path, arguments, said):
+  done = evaluate("x.json", *arguments)
+  assert done.code == 2 and said in done.stderr and done.stderr.count("\n") == 1
+  assert not (tmp_path / "x.json").exists()
