@@ -1,7 +1,7 @@
 """Shows a video as one picture, a row of frames for each shot of its script.
 
-  python -m launch.contact_sheet --video=outputs/demo.mp4 --script=configs/scripts/demo.json \
-      --out=outputs/demo.png
+  python -m launch.contact_sheet --config=configs/tiny.py --video=outputs/demo.mp4 \
+      --script=configs/scripts/demo.json --out=outputs/demo.png
 """
 
 import numpy as np
@@ -10,6 +10,7 @@ from absl import flags
 from longlive_jax.config import Experiment
 from longlive_jax.config.load import define_config_flag, from_flags, run_main
 from longlive_jax.data.prompts import Script, load_script
+from longlive_jax.io.atomic import check_writable
 from longlive_jax.io.contact_sheet import Row, spread_frames, write_contact_sheet
 from longlive_jax.io.video import read_video
 
@@ -47,6 +48,7 @@ def main(argv: list[str]) -> None:
   """Command line."""
   del argv
   experiment = from_flags(CONFIG.value)
+  check_writable(OUT.value)
   video = experiment.video
   frames = read_video(VIDEO.value, fps=video.fps, height=video.height, width=video.width)
   rows = shot_rows(load_script(SCRIPT.value), frames, experiment, COLUMNS.value)

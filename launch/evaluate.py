@@ -20,7 +20,7 @@ import numpy as np
 from absl import flags
 from tqdm import tqdm
 
-from longlive_jax.build import Pipeline, enable_compile_cache
+from longlive_jax.build import Pipeline, enable_compile_cache, holds_nvfp4
 from longlive_jax.config import Experiment
 from longlive_jax.config.load import (
   define_config_flag,
@@ -85,6 +85,12 @@ def read_against(path: str) -> list[shapes_score.Result]:
     theirs, results = {name: other["flags"][name] for name in SAME}, other["results"]
   except (ValueError, KeyError, TypeError) as error:
     raise ValueError(f"--against={path} is not a file that launch.evaluate wrote") from error
+  names = (*shapes_score.PER_SHOT, "cut")
+  if not isinstance(results, list) or not all(
+    isinstance(result, dict) and all(isinstance(result.get(name), list) for name in names)
+    for result in results
+  ):
+    raise ValueError(f"--against={path} is not a file that launch.evaluate wrote")
   for name, value in theirs.items():
     if value != flags.FLAGS[name].value:
       raise ValueError(f"--against={path} is of --{name}={value}; only equal scripts can be paired")
@@ -213,12 +219,14 @@ def main(argv: list[str]) -> None:
   experiment = from_flags(CONFIG.value)
   if UNQUANTISED.value and (experiment.quant.linears, experiment.quant.cache) == ("none", "none"):
     raise ValueError("--unquantised compares with nothing: set quant.linears or quant.cache")
+  if UNQUANTISED.value and holds_nvfp4(experiment):
+    raise ValueError(
+      f"--unquantised needs wide weights; io.checkpoint={experiment.io.checkpoint!r} holds NVFP4"
+    )
   if UNQUANTISED.value and SOURCE.value != "model":
     raise ValueError(f"--unquantised needs --source=model, not {SOURCE.value}")
   if SCRIPTS.value % BATCH.value:
     raise ValueError(f"--scripts={SCRIPTS.value} must be a multiple of --batch={BATCH.value}")
-  if Path(OUT.value).is_dir():
-    raise ValueError(f"--out={OUT.value} is a folder; give the name of a file")
   check_writable(OUT.value)
   enable_compile_cache(experiment)
   report = evaluate(experiment)

@@ -20,6 +20,7 @@ from absl import flags, logging
 from longlive_jax.build import build_models, cast_params, find_checkpoint
 from longlive_jax.config import Experiment
 from longlive_jax.config.load import define_config_flag, from_flags, run_main, to_json
+from longlive_jax.io.atomic import check_writable
 from longlive_jax.io.checkpoint import read_metadata, save_params
 from longlive_jax.quant.policy import quantise_params
 from longlive_jax.quant.qtensor import QTensor
@@ -49,6 +50,7 @@ def main(argv: list[str]) -> None:
   experiment = from_flags(CONFIG.value)
   if not experiment.io.checkpoint:
     raise ValueError("io.checkpoint is empty: it must name the weights to export")
+  check_writable(OUT.value, folder=True)
   if DTYPE.value == "nvfp4" and experiment.quant.linears != "nvfp4":
     raise ValueError("--dtype=nvfp4 needs --config.quant.linears=nvfp4, which says how")
   source = find_checkpoint(experiment.io.checkpoint)

@@ -74,12 +74,14 @@ def sample(experiment: Experiment, script: Script, out: Path) -> None:
   given = read_inputs(script, experiment.video)
   pipeline = Pipeline.from_config(experiment)
   blocks = len(pipeline.plan([script])[0])
-  options = {}
+  options, given_frames = {}, 0
   if "image" in given:
     options["images"] = given["image"][None]
   if "extend" in given:
     options["prefix"] = pipeline.encode_video(given["extend"])[None]
-    blocks += options["prefix"].shape[1] // experiment.model.block_latents
+    latents = options["prefix"].shape[1]
+    blocks += latents // experiment.model.block_latents
+    given_frames = 4 * latents - 3
   pipeline.prepare()
   ready = time.perf_counter()
   with contextlib.closing(with_progress(pipeline.stream(script, **options), blocks)) as frames:
@@ -87,9 +89,10 @@ def sample(experiment: Experiment, script: Script, out: Path) -> None:
   seconds = time.perf_counter() - ready
   with replacing(out.with_name(out.name + ".config.json")) as part:
     part.write_text(to_json(experiment))
+  made = count - given_frames
   print(
     f"{out}: {count} frames, {count / experiment.video.fps:.1f} s of video;"
-    f" ready in {ready - started:.1f} s, made in {seconds:.1f} s ({count / seconds:.1f} FPS)"
+    f" ready in {ready - started:.1f} s, {made} made in {seconds:.1f} s ({made / seconds:.1f} FPS)"
   )
 
 

@@ -76,7 +76,9 @@ def main(argv: list[str]) -> None:
   if not WORKDIR.value:
     raise ValueError("--workdir is needed: the folder of checkpoints, metrics and the result")
   workdir = Path(WORKDIR.value)
-  check_writable(workdir / "params")
+  check_writable(workdir / "params", folder=True)
+  if (workdir / "metadata.json").is_file():
+    raise ValueError(f"--workdir={workdir} holds weights, not a run; use another folder")
   enable_compile_cache(experiment)
   print(f"{workdir / 'params'}: weights after {train(experiment, workdir)} steps")
 

@@ -98,6 +98,12 @@ def fresh_params(experiment: Experiment, networks: dict[str, Network]) -> dict[s
   return params | ({"text": frozen_params(networks["text"], text)} if text.frozen_seed >= 0 else {})
 
 
+def holds_nvfp4(experiment: Experiment) -> bool:
+  """Whether `io.checkpoint` names weights that are stored in NVFP4."""
+  name = experiment.io.checkpoint
+  return bool(name) and read_metadata(find_checkpoint(name)).get("dtype") == "nvfp4"
+
+
 def check_stored_quant(experiment: Experiment, folder: Path) -> None:
   """That weights which are stored in NVFP4 were quantised as the experiment says.
 
@@ -125,7 +131,7 @@ def load_networks(
     name: jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, jnp.float32), net.abstract)
     for name, net in networks.items()
   }
-  if read_metadata(folder).get("dtype") == "nvfp4":
+  if holds_nvfp4(experiment):
     check_stored_quant(experiment, folder)
     quantise = functools.partial(quantise_params, quant=experiment.quant)
     abstract["dit"] = jax.eval_shape(quantise, abstract["dit"])

@@ -89,6 +89,8 @@ def check_command(words: list[str]) -> None:
     return
   module, arguments = words[2], words[3:]
   known = flags_of(module)
+  given = {argument[2:].partition("=")[0] for argument in arguments}
+  assert "config" not in known or "config" in given, f"{module} needs --config"
   for argument in arguments:
     if not argument.startswith("--"):
       continue
@@ -168,6 +170,7 @@ def page(kind: str, text: str, note: str = "") -> str:
     page("bash", "make nonsense"),
     page("bash", "python -m launch.nonsense"),
     page("bash", "python -m launch.sample --nonsense=1"),
+    page("bash", "python -m launch.sample --script=configs/scripts/demo.json"),
     page("bash", "python -m launch.sample --config=configs/nonsense.py"),
     page("bash", "python -m launch.sample \\\n  --config=configs/tiny.py --config.train.lrr=1"),
     page("bash", "$ make nonsense\nits output"),

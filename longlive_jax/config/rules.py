@@ -4,7 +4,6 @@ Every line names the settings, the values found and values that work, so that a 
 cannot work is refused before any array exists.
 """
 
-import math
 import re
 import types
 import typing
@@ -29,6 +28,7 @@ WEIGHT_BLOCKS = ("1x16", "16x16")
 ROUNDINGS = ("stochastic", "nearest")
 VAE_SPACE, VAE_TIME = 16, 4  # pixels a latent, frames a latent
 
+LIMIT = 1e30  # of any number: its products with others stay in float32
 # A whole number must be at least 1 and any other number at least 0, unless listed here.
 MAY_BE_ZERO = ("sample.sink_latents", "train.warmup_steps", "train.ema_start_step")
 MORE_THAN_ZERO = ("model.shift", "model.eps", "model.rope_theta", "sample.t_scale", "train.lr")
@@ -83,8 +83,8 @@ def check_range(name: str, value: object) -> None:
   for number in value if isinstance(value, tuple) else (value,):
     if isinstance(number, bool) or not isinstance(number, int | float):
       continue
-    if not math.isfinite(number):
-      raise ValueError(f"{name}={number} must be a finite number")
+    if not abs(number) < LIMIT:
+      raise ValueError(f"{name}={number} must be a finite number, below {LIMIT:g}")
     if name.endswith("seed"):
       check_seed(name, number)
     elif name in BELOW_ONE or name.endswith(SHARES):
@@ -180,6 +180,8 @@ def check_shortcuts(sizes: tuple[int, ...], times: tuple[bool, ...]) -> None:
 def check_quant(quant: Quant) -> None:
   """Precision of the linear layers."""
   check_choice("quant.linears", quant.linears, PRECISIONS)
+  if quant.linears != "none" and not quant.layers:
+    raise ValueError(f"quant.linears={quant.linears} with quant.layers=() quantises nothing")
   check_choice("quant.cache", quant.cache, CACHES)
   check_choice("quant.cache_smoothing", quant.cache_smoothing, SMOOTHINGS)
   check_choice("quant.kernels", quant.kernels, KERNELS)

@@ -28,6 +28,7 @@ from longlive_jax.checks import check_choice, suggest
 TRANSITIONS = ("cut", "keep", "recache")
 DEFAULT_BLOCKS = 3  # of an entry that says neither blocks nor seconds
 FRAMES_A_LATENT = 4
+MOST_BLOCKS, MOST_SECONDS = 100_000, 100_000  # of an entry: more than a day of video
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,8 +58,12 @@ class Shot:
       raise ValueError(f"blocks={self.blocks} and seconds={self.seconds} are both given; give one")
     if self.blocks is not None and (type(self.blocks) is not int or self.blocks < 1):
       raise ValueError(f"blocks={self.blocks!r} must be a whole number of at least 1")
+    if self.blocks is not None and self.blocks > MOST_BLOCKS:
+      raise ValueError(f"blocks={self.blocks} must be at most {MOST_BLOCKS}")
     if self.seconds is not None and not is_positive(self.seconds):
       raise ValueError(f"seconds={self.seconds!r} must be a number of more than 0")
+    if self.seconds is not None and self.seconds > MOST_SECONDS:
+      raise ValueError(f"seconds={self.seconds} must be at most {MOST_SECONDS}")
     check_choice("transition", self.transition, TRANSITIONS)
 
   def count_blocks(self, fps: float, block_latents: int) -> int:
@@ -121,6 +126,8 @@ class Script:
       raise ValueError(
         f"not JSON: {error.msg} (line {error.lineno}, column {error.colno})"
       ) from error
+    except RecursionError as error:
+      raise ValueError("not JSON: nested too deeply") from error
     values = fields_of(cls, tree, "the script")
     entries = values.pop("shots", [])
     if not isinstance(entries, list):

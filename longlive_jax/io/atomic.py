@@ -8,17 +8,30 @@ from collections.abc import Iterator
 from pathlib import Path
 
 
-def check_writable(path: str | Path) -> None:
-  """Raises OSError unless a file or folder could be made at `path`; makes nothing itself.
+def check_writable(path: str | Path, *, folder: bool = False) -> None:
+  """Raises OSError unless a file could be made at `path`; makes nothing itself.
 
   Folders that are missing above `path` count as possible to make.
+
+  Args:
+    path: the file, or, with `folder`, the folder.
+    folder: what is to be made. A file never replaces a folder, nor a folder a file.
   """
   path = Path(path)
+  check_kind(path, folder)
   above = next(folder for folder in path.absolute().parents if folder.exists())
   if not above.is_dir():
     raise NotADirectoryError(errno.ENOTDIR, f"'{above}' is not a folder", str(path))
   if not os.access(above, os.W_OK | os.X_OK):
     raise PermissionError(errno.EACCES, f"the folder '{above}' is not writable", str(path))
+
+
+def check_kind(path: Path, folder: bool) -> None:
+  """Raises OSError if `path` is a folder where a file is to be, or a file where a folder is."""
+  if path.is_dir() and not folder:
+    raise IsADirectoryError(errno.EISDIR, "it is a folder; give the name of a file", str(path))
+  if path.is_file() and folder:
+    raise NotADirectoryError(errno.ENOTDIR, "it is a file; give the name of a folder", str(path))
 
 
 @contextlib.contextmanager
@@ -43,6 +56,7 @@ def replacing(path: str | Path) -> Iterator[Path]:
   remove(partial)
   try:
     yield partial
+    check_kind(path, partial.is_dir())
     if path.is_dir():  # only an empty folder can be replaced in one step
       old = path.with_name(f".{path.name}.old-{os.getpid()}")
       path.rename(old)

@@ -64,7 +64,7 @@ def save_params(
     ValueError: the folder holds something that is not a checkpoint.
   """
   folder = Path(folder)
-  if folder.is_dir() and any(folder.iterdir()) and not (folder / CONFIG).is_file():
+  if folder.is_dir() and any(folder.iterdir()) and not is_checkpoint(folder):
     raise ValueError(f"'{folder}' holds something that is not a checkpoint; choose another folder")
   with replacing(folder) as partial:
     partial.mkdir()
@@ -73,6 +73,13 @@ def save_params(
         ocp.save((partial / name / f"{number:03d}").absolute(), nested(group))
     (partial / METADATA).write_text(json.dumps(dict(metadata), indent=2) + "\n")
     (partial / CONFIG).write_text(json.dumps(dict(config), indent=2) + "\n")
+
+
+def is_checkpoint(folder: Path) -> bool:
+  """Whether a folder holds weights and nothing else."""
+  found = {entry.name for entry in folder.iterdir()}
+  networks = found - {CONFIG, METADATA}
+  return found > networks and all((folder / name / "000").is_dir() for name in networks)
 
 
 def read_config(folder: str | Path) -> dict[str, object]:
@@ -95,9 +102,12 @@ def read_json(folder: Path, name: str) -> dict[str, object]:
   if not (folder / name).is_file():
     raise FileNotFoundError(f"'{folder}' is not a checkpoint: it has no {name}")
   try:
-    return json.loads((folder / name).read_text())
+    found = json.loads((folder / name).read_text())
   except ValueError as error:
     raise ValueError(f"'{folder / name}' is damaged: it is not JSON ({error})") from error
+  if not isinstance(found, dict):
+    raise ValueError(f"'{folder / name}' is damaged: it is not a JSON object")
+  return found
 
 
 def load_params(

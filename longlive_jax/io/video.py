@@ -71,7 +71,7 @@ def writer_for(path: Path) -> Callable[[Path, Iterator[np.ndarray], Fraction, in
     raise ValueError(f"cannot write '{path}': it is a folder")
   if not suffix and path.is_file():
     raise ValueError(f"cannot write frames into '{path}': it is a file, not a folder")
-  check_writable(path)
+  check_writable(path, folder=not suffix)
   return writers[suffix]
 
 

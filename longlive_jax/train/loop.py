@@ -83,7 +83,7 @@ def run(experiment: Experiment, workdir: str | Path, state: TrainState, step: St
     if done >= cfg.steps:
       logging.info("nothing to do: %d steps are done, train.steps=%d", done, cfg.steps)
       return state
-    logging.info("steps %d to %d, in '%s'", done + 1, cfg.steps, workdir)
+    logging.info("steps %d to %d, in '%s'; compiling", done + 1, cfg.steps, workdir)
     with MetricWriter(workdir, done) as writer:
       log = Log(cfg, writer, done)
       for number in range(done + 1, cfg.steps + 1):

@@ -334,3 +334,8 @@ def test_debug_shows_the_traceback(root):
   done = run_program(root, "--fail=value", "--debug")
   assert done.returncode != 0
   assert "Traceback" in done.stderr
+
+
+def test_quantising_no_layer_at_all_is_an_error():
+  with pytest.raises(ValueError, match=r"quant.linears=nvfp4 with quant.layers=\(\)"):
+    load_config("configs/tiny.py", {"quant.linears": "nvfp4", "quant.layers": ()})

@@ -37,3 +37,18 @@ def test_an_error_without_a_file_gets_one(tmp_path):
   with pytest.raises(OSError) as caught, replacing(tmp_path / "target"):
     raise OSError(errno.EFBIG, "File too large")
   assert (caught.value.errno, caught.value.filename) == (errno.EFBIG, str(tmp_path / "target"))
+
+
+def test_a_folder_is_not_replaced_by_a_file_nor_a_file_by_a_folder(tmp_path):
+  (tmp_path / "folder").mkdir()
+  (tmp_path / "file").write_text("kept")
+  with pytest.raises(IsADirectoryError, match="it is a folder"):
+    check_writable(tmp_path / "folder")
+  with pytest.raises(NotADirectoryError, match="it is a file"):
+    check_writable(tmp_path / "file", folder=True)
+  with pytest.raises(IsADirectoryError), replacing(tmp_path / "folder") as partial:
+    partial.write_text("new")
+  with pytest.raises(NotADirectoryError), replacing(tmp_path / "file") as partial:
+    partial.mkdir()
+  assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "folder"]
+  assert (tmp_path / "file").read_text() == "kept"

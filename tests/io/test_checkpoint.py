@@ -286,3 +286,9 @@ def test_a_state_moves_to_another_mesh(tmp_path):
 def test_json_is_readable(tmp_path):
   save_params(tmp_path / "a", {}, {"model": {"width": 4}}, {"commit": "abc"})
   assert json.loads((tmp_path / "a" / "config.json").read_text())["model"]["width"] == 4
+
+
+def test_metadata_must_be_an_object(tmp_path):
+  (tmp_path / "metadata.json").write_text("[]")
+  with pytest.raises(ValueError, match="metadata.json' is damaged: it is not a JSON object"):
+    read_metadata(tmp_path)

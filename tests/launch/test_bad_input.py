@@ -78,6 +78,7 @@ SETTINGS = {
   "--config.sample.seed=-1": "sample.seed=-1 must be at least 0",
   "--config.sample.solver=unipcc": "did you mean 'unipc'?",
   "--config.sample.windw_latents=8": "did you mean 'sample.window_latents'?",
+  "--config.quant.kernels=onn": "quant.kernels='onn' must be one of auto, off, on",
   "--config.model.attention=cudnn": "model.attention=cudnn needs a GPU",
   "--config=configs/tiny.py:i2w": "did you mean 'i2v'?",
   "--config=configs/tinny.py": "did you mean 'configs/tiny.py'?",
@@ -107,6 +108,12 @@ SCRIPTS = {
   "seed.json": ('{"seed": -1, "shots": [{"prompt": "a"}]}', "seed=-1 must be a whole number"),
   "list.json": ("[]", "the script must be a JSON object with the fields shots"),
   "script.yaml": ("shots:", "must end in .json or .txt"),
+  "long.json": ('{"shots": [{"prompt": "a", "blocks": 10000000}]}', "blocks=10000000 must be at m"),
+  "hours.json": (
+    '{"shots": [{"prompt": "a", "seconds": 1e300}]}',
+    "seconds=1e+300 must be at most",
+  ),
+  "deep.json": ("[" * 100_000, "nested too deeply"),
   "bytes.txt": ("\udcff", "script file"),
 }
 
@@ -280,8 +287,9 @@ EVALUATE = {
   "--first_seed=-1": "--first_seed=-1",
   "--blocks=-2": "--blocks=-2",
   "--against=none.json": "--against=none.json: there is no such file",
+  "--against=benchmarks/results": "--against=benchmarks/results: there is no such file",
   "--against=LICENSE": "--against=LICENSE is not a file that launch.evaluate wrote",
-  "--out=configs": "--out=configs is a folder",
+  "--out=configs": "configs: it is a folder; give the name of a file",
   "--out=LICENSE/score.json": "is not a folder",
   "--scripts=many": "--scripts=many",
 }
@@ -305,11 +313,62 @@ def test_scores_of_other_scripts_cannot_be_paired(program: Program, checkpoint, 
   assert contents(tmp_path) == ["other.json"]
 
 
+@pytest.mark.parametrize("results", [5, [{"a": 1}] * 4, [{"score": 1}] * 4])
+def test_results_that_nobody_wrote_cannot_be_paired(
+  program: Program, checkpoint, tmp_path, results
+):
+  flags = {"scripts": 4, "first_seed": 1_000_000, "shots": 4, "blocks": 4}
+  (tmp_path / "other.json").write_text(json.dumps({"flags": flags, "results": results}))
+  weights, out = f"--config.io.checkpoint={checkpoint}", f"--out={tmp_path / 'score.json'}"
+  against = f"--against={tmp_path / 'other.json'}"
+  done = program("evaluate", *TINY, weights, out, "--scripts=4", against)
+  assert_refused(done, "is not a file that launch.evaluate wrote")
+
+
+@pytest.mark.parametrize(
+  ("name", "arguments"),
+  [
+    ("bench", ("--suite=quant", "--sizes=tiny")),
+    ("contact_sheet", TINY),
+    ("evaluate", TINY),
+    ("quant_report", TINY),
+  ],
+)
+def test_a_file_never_replaces_a_folder(program: Program, tmp_path, name, arguments):
+  (tmp_path / "folder").mkdir()
+  (tmp_path / "folder" / "precious").write_text("")
+  done = program(name, *arguments, f"--out={tmp_path / 'folder'}")
+  assert_refused(done, "it is a folder; give the name of a file")
+  assert contents(tmp_path) == ["folder", "folder/precious"]
+
+
+def test_weights_never_replace_a_run_or_a_file(program: Program, checkpoint, tmp_path):
+  weights = f"--config.io.checkpoint={checkpoint}"
+  (tmp_path / "run" / "checkpoints" / "3").mkdir(parents=True)
+  (tmp_path / "run" / "config.json").write_text("{}")
+  (tmp_path / "plain").write_text("")
+  before = contents(tmp_path)
+  done = program("export", *TINY, weights, f"--out={tmp_path / 'run'}")
+  assert_refused(done, "holds something that is not a checkpoint")
+  done = program("export", *TINY, weights, f"--out={tmp_path / 'plain'}")
+  assert_refused(done, "it is a file; give the name of a folder")
+  assert contents(tmp_path) == before
+
+
+def test_a_run_never_begins_in_a_folder_of_weights(program: Program, checkpoint, tmp_path):
+  shutil.copytree(checkpoint, tmp_path / "weights")
+  before = (tmp_path / "weights" / "config.json").read_text()
+  done = program("train", *TINY, f"--workdir={tmp_path / 'weights'}")
+  assert_refused(done, "holds weights, not a run")
+  assert (tmp_path / "weights" / "config.json").read_text() == before
+
+
 TRAIN = {
   "--workdir=": "--workdir is needed",
   "--workdir=LICENSE/run": "is not a folder",
   "--config.train.stage=dmd": "train.stage='dmd' must be one of ar, vae",
   "--config.train.batch=0": "train.batch=0 must be at least 1",
+  "--config.train.motion_weight=1e300": "train.motion_weight=1e+300 must be a finite number",
   "--config.train.lr=-1.0": "train.lr=-1.0 must be",
   "--config.train.seed=-1": "train.seed=-1 must be at least 0",
   "--config.data.blocks=9": "data.blocks=9 must be at most data.clip_blocks=4",
