@@ -13,18 +13,18 @@ checkpoint is loaded with the same `quant` settings, and is for sampling.
 
 import json
 from pathlib import Path
+from typing import Any
 
 import jax
 from absl import flags, logging
 
-from longlive_jax.build import build_models, cast_params, find_checkpoint
+from longlive_jax.build import build_models, cast_params, find_checkpoint, holds_nvfp4
 from longlive_jax.config import Experiment
 from longlive_jax.config.load import define_config_flag, from_flags, run_main, to_json
 from longlive_jax.io.atomic import check_writable
 from longlive_jax.io.checkpoint import read_metadata, save_params
-from longlive_jax.quant.policy import quantise_params
-from longlive_jax.quant.qtensor import QTensor
-from longlive_jax.types import Array, PyTree
+from longlive_jax.quant.policy import is_quantised, quantise_params
+from longlive_jax.types import PyTree
 
 CONFIG = define_config_flag()
 OUT = flags.DEFINE_string("out", "outputs/exported", "folder to write")
@@ -38,10 +38,10 @@ def narrowed(params: dict[str, PyTree], experiment: Experiment, dtype: str) -> d
     params = params | {"dit": quantise_params(dit, experiment.quant)}
   wide = "bfloat16" if dtype == "nvfp4" else dtype
 
-  def narrow(leaf: Array | QTensor) -> Array | QTensor:
-    return leaf if isinstance(leaf, QTensor) or leaf.ndim < 2 else leaf.astype(wide)
+  def narrow(leaf: Any) -> Any:
+    return leaf if is_quantised(leaf) or leaf.ndim < 2 else leaf.astype(wide)
 
-  return jax.tree.map(narrow, params, is_leaf=lambda leaf: isinstance(leaf, QTensor))
+  return jax.tree.map(narrow, params, is_leaf=is_quantised)
 
 
 def main(argv: list[str]) -> None:
@@ -54,8 +54,7 @@ def main(argv: list[str]) -> None:
   if DTYPE.value == "nvfp4" and experiment.quant.linears != "nvfp4":
     raise ValueError("--dtype=nvfp4 needs --config.quant.linears=nvfp4, which says how")
   source = find_checkpoint(experiment.io.checkpoint)
-  metadata = read_metadata(source)
-  if metadata.get("dtype") == "nvfp4" != DTYPE.value:
+  if holds_nvfp4(experiment) and DTYPE.value != "nvfp4":
     raise ValueError(
       f"io.checkpoint='{source}' holds weights in NVFP4; --dtype={DTYPE.value} needs the ones that"
       " they were made of"
@@ -63,7 +62,7 @@ def main(argv: list[str]) -> None:
   params = narrowed(build_models(experiment).params, experiment, DTYPE.value)
   config = json.loads(to_json(experiment))
   config["io"]["checkpoint"] = ""
-  save_params(OUT.value, params, config, {**metadata, "dtype": DTYPE.value})
+  save_params(OUT.value, params, config, {**read_metadata(source), "dtype": DTYPE.value})
   size = sum(path.stat().st_size for path in Path(OUT.value).rglob("*") if path.is_file())
   logging.info("%s: %.1f MB", OUT.value, size / 1e6)
 

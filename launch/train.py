@@ -12,18 +12,15 @@ import dataclasses
 import json
 from pathlib import Path
 
-import jax
-import jax.numpy as jnp
 from absl import flags
 
-from longlive_jax.build import build_models, enable_compile_cache
+from longlive_jax.build import build_models, enable_compile_cache, holds_nvfp4
 from longlive_jax.config import Experiment
 from longlive_jax.config.load import define_config_flag, from_flags, run_main, to_json
 from longlive_jax.io.atomic import check_writable, replacing
 from longlive_jax.io.checkpoint import read_metadata, save_params
 from longlive_jax.train.loop import steps_done
 from longlive_jax.train.stages import train_ar, train_vae
-from longlive_jax.types import PyTree
 
 CONFIG = define_config_flag()
 WORKDIR = flags.DEFINE_string("workdir", None, "folder of checkpoints, metrics and the result")
@@ -38,7 +35,6 @@ def train(experiment: Experiment, workdir: Path) -> int:
     print(f"nothing to do: {done} steps are done, train.steps={experiment.train.steps}")
     return steps
   models = build_models(experiment)
-  check_trainable(experiment, models.params["dit"])
   workdir.mkdir(parents=True, exist_ok=True)
   with replacing(workdir / "config.json") as part:
     part.write_text(to_json(experiment))
@@ -49,19 +45,6 @@ def train(experiment: Experiment, workdir: Path) -> int:
     params["dit"] = train_ar(experiment, dataclasses.replace(models, params=params), workdir)
   save_params(result, params, json.loads(to_json(experiment)), {"stage": stage, "steps": steps})
   return steps
-
-
-def check_trainable(experiment: Experiment, params: PyTree) -> None:
-  """Refuses to train weights that are stored in NVFP4.
-
-  Raises:
-    ValueError: they are.
-  """
-  if any(not jnp.issubdtype(leaf.dtype, jnp.floating) for leaf in jax.tree.leaves(params)):
-    raise ValueError(
-      f"io.checkpoint='{experiment.io.checkpoint}' holds weights in NVFP4, which are for sampling;"
-      " train from the ones they were made of"
-    )
 
 
 def is_result(folder: Path, steps: int) -> bool:
@@ -79,6 +62,11 @@ def main(argv: list[str]) -> None:
   check_writable(workdir / "params", folder=True)
   if (workdir / "metadata.json").is_file():
     raise ValueError(f"--workdir={workdir} holds weights, not a run; use another folder")
+  if holds_nvfp4(experiment):
+    raise ValueError(
+      f"io.checkpoint='{experiment.io.checkpoint}' holds weights in NVFP4, which are for sampling;"
+      " train from the ones they were made of"
+    )
   enable_compile_cache(experiment)
   print(f"{workdir / 'params'}: weights after {train(experiment, workdir)} steps")
 

@@ -78,8 +78,8 @@ def save_params(
 def is_checkpoint(folder: Path) -> bool:
   """Whether a folder holds weights and nothing else."""
   found = {entry.name for entry in folder.iterdir()}
-  networks = found - {CONFIG, METADATA}
-  return found > networks and all((folder / name / "000").is_dir() for name in networks)
+  described = {CONFIG, METADATA}
+  return described <= found and all((folder / n / "000").is_dir() for n in found - described)
 
 
 def read_config(folder: str | Path) -> dict[str, object]:
