@@ -119,7 +119,7 @@ class Quant(Section):
   cache: str = "none"  # none | nvfp4: keys and values of earlier blocks
   cache_rule: str = "mse"
   cache_smoothing: str = "none"  # none | tokens | original: what is taken off the keys
-  kernels: str = "auto"  # auto (inputs, on one Hopper GPU) | on (also the cache) | off
+  kernels: str = "auto"  # auto (on, where one Hopper GPU is used) | on | off
 
 
 @dataclasses.dataclass(unsafe_hash=True)

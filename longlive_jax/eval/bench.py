@@ -37,6 +37,7 @@ class Case:
     value: output -> float array that errors are taken of.
     reference: implementation that the others are compared with.
     calls: jobs done in one call, since a short one is mostly its launch.
+    in_flight: calls launched before the last of them is awaited.
     flops: floating-point operations of a job.
     bytes_moved: implementation -> bytes a job must read and write at least.
   """
@@ -49,13 +50,14 @@ class Case:
   value: Callable[[PyTree], Array]
   reference: str
   calls: int = 1
+  in_flight: int = 1
   flops: float = 0.0
   bytes_moved: Mapping[str, float] = dataclasses.field(default_factory=dict)
 
 
 def chain(
   job: Callable[..., Array], calls: int, copies: int
-) -> Callable[[Array, tuple[list[PyTree], ...]], Array]:
+) -> Callable[[Array, tuple[list[PyTree], ...]], list[Array]]:
   """Jobs one after the other in one function `(x, weights)`, each with another weight.
 
   Args:
@@ -65,16 +67,16 @@ def chain(
       of them no weight is found in a cache.
 
   Returns:
-    A function that gives a corner of each result: enough for none of them to be left out.
+    A function that gives all results: none of them can be left out, and nothing is added.
   """
 
-  def run(x: Array, weights: tuple[list[PyTree], ...]) -> Array:
-    corners = []
+  def run(x: Array, weights: tuple[list[PyTree], ...]) -> list[Array]:
+    results = []
     for call in range(calls):
       y = job(x, *(each[call % copies] for each in weights))
       x, y = jax.lax.optimization_barrier((x, y))
-      corners.append(y[:8, :8])
-    return jnp.stack(corners)
+      results.append(y)
+    return results
 
   return run
 
@@ -133,7 +135,9 @@ def measure(case: Case, repeats: int, warm_seconds: float) -> Iterator[Record]:
   made = {name: compiled(function, case.args) for name, function in case.functions.items()}
   run = {name: executable for name, (executable, _) in made.items()}
   values = {name: case.value(each(*case.args)) for name, each in run.items()}
-  seconds = alternated_seconds(run, *case.args, repeats=repeats, warm_seconds=warm_seconds)
+  seconds = alternated_seconds(
+    run, *case.args, repeats=repeats, warm_seconds=warm_seconds, in_flight=case.in_flight
+  )
   for name, times in seconds.items():
     low, median, high = np.percentile(times, [10, 50, 90]) / case.calls
     moved = case.bytes_moved.get(name, 0.0)
@@ -146,6 +150,7 @@ def measure(case: Case, repeats: int, warm_seconds: float) -> Iterator[Record]:
       "p10_us": 1e6 * low,
       "p90_us": 1e6 * high,
       "repeats": repeats,
+      "in_flight": case.in_flight,
       "warm_seconds": warm_seconds,
       "tflops_per_second": case.flops / median / 1e12 if case.flops else None,
       "gigabytes_per_second": moved / median / 1e9 if moved else None,

@@ -68,8 +68,7 @@ def random_cache(experiment: Experiment) -> KVCache:
 
 def packed_cache(cache: KVCache, experiment: Experiment) -> QuantisedKVCache:
   """The same slots in NVFP4, layer by layer."""
-  rule, setting = experiment.quant.cache_rule, experiment.quant.kernels
-  kernels = setting == "on" and use_kernels(setting)
+  rule, kernels = experiment.quant.cache_rule, use_kernels(experiment.quant.kernels)
 
   @jax.jit
   def store(x: Array) -> Store:

@@ -21,9 +21,13 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.experimental import pallas as pl
+from jax.experimental.mosaic import gpu as mgpu
 from jax.experimental.pallas import mosaic_gpu as plgpu
+from jax.extend.mlir import ir
+from jax.extend.mlir.dialects import vector
 
 from longlive_jax.kernels.hopper_layout import (
   BLOCK,
@@ -31,13 +35,20 @@ from longlive_jax.kernels.hopper_layout import (
   MAGNITUDE_BITS,
   SIGN_BIT,
   TILE_K,
+  WORDS,
   decoded,
+  halves,
+  in_both,
 )
-from longlive_jax.kernels.hopper_tuning import LOADER_REGISTERS, MMA_ROWS, ROWS, SWIZZLE, Tuning
+from longlive_jax.kernels.hopper_tuning import LOADER_REGISTERS, MMA_ROWS, SWIZZLE, TILE_N, Tuning
 
-_ROW_A_THREAD = plgpu.Layout.TILED(
-  plgpu.Tiling(((ROWS, 8), (32, 8))), warp_dims=(-4,), lane_dims=(-2,), vector_dim=-1
-)
+
+def _row_a_thread(vector: int) -> plgpu.Layout:
+  tiling = plgpu.Tiling(((TILE_N, vector), (32, vector)))
+  return plgpu.Layout.TILED(tiling, warp_dims=(-4,), lane_dims=(-2,), vector_dim=-1)
+
+
+_HALVES, _WORDS = _row_a_thread(8), _row_a_thread(4)  # 16 bytes a vector
 _SUBNORMAL_SCALE, _SUBNORMAL_UNIT = 2.0**118, 2.0**8
 _NORMAL_PATTERN, _QUARTER, _NORMAL_UNIT = 0x3E00, 0.25, 4.0  # 2^-3; below it is q / 4
 
@@ -84,11 +95,11 @@ def _rings(t: Tuning, dtype: jnp.dtype) -> _Rings:
     x=plgpu.SMEM((t.x_stages, t.tile_m, TILE_K), bf16, transforms=_swizzled(bf16)),
     x_full=many(t.x_stages),
     x_free=many(t.x_stages, t.multipliers),
-    words=plgpu.SMEM((t.packed_stages, t.tile_n, BLOCK), jnp.int16),
-    scales=plgpu.SMEM((t.packed_stages, BLOCKS, t.tile_n), jnp.float8_e4m3fn),
+    words=plgpu.SMEM((t.packed_stages, TILE_N, WORDS), jnp.int32),
+    scales=plgpu.SMEM((t.packed_stages, BLOCKS, TILE_N), jnp.float8_e4m3fn),
     packed_full=many(t.packed_stages, 2),
     packed_free=many(t.packed_stages),
-    w=plgpu.SMEM((t.w_stages, t.tile_n, TILE_K), bf16, transforms=_swizzled(bf16)),
+    w=plgpu.SMEM((t.w_stages, TILE_N, TILE_K), bf16, transforms=_swizzled(bf16)),
     w_full=many(t.w_stages),
     w_free=many(t.w_stages, t.multipliers),
     out=plgpu.SMEM(
@@ -99,7 +110,7 @@ def _rings(t: Tuning, dtype: jnp.dtype) -> _Rings:
 
 def _walk(t: Tuning, m: int, n: int, steps: int, body: Callable[[_Part], None]) -> jax.Array:
   """Runs `body` for each part that this SM has; returns the number of steps in all of them."""
-  tiles = pl.cdiv(m, t.tile_m), n // t.tile_n
+  tiles = pl.cdiv(m, t.tile_m), n // TILE_N
   longest = pl.cdiv(steps, t.splits)
 
   @plgpu.nd_loop((t.splits, tiles[0] * tiles[1]), collective_axes="sm", init_carry=jnp.int32(0))
@@ -108,7 +119,7 @@ def _walk(t: Tuning, m: int, n: int, steps: int, body: Callable[[_Part], None]) 
     i, j = plgpu.planar_snake(tile, tiles, 1, t.band)
     first = split * longest
     count = lax.clamp(0, steps - first, longest)
-    body(_Part(carry, first, count, split, i * t.tile_m, j * t.tile_n))
+    body(_Part(carry, first, count, split, i * t.tile_m, j * TILE_N))
     return carry + count
 
   return done
@@ -135,7 +146,7 @@ def _load(t: Tuning, r: _Rings, x: Any, words: Any, scales: Any, walk: Callable)
     def _(i: jax.Array) -> None:
       at, step = part.done + i, part.first + i
       packed, slot = lax.rem(at, t.packed_stages), lax.rem(at, t.x_stages)
-      rows = pl.ds(part.column, t.tile_n)
+      rows = pl.ds(part.column, TILE_N)
       _wait_if(at >= t.packed_stages, r.packed_free.at[packed])
       full = r.packed_full.at[packed]
       plgpu.copy_gmem_to_smem(words.at[step, rows], r.words.at[packed], full)
@@ -152,18 +163,31 @@ def _load(t: Tuning, r: _Rings, x: Any, words: Any, scales: Any, walk: Callable)
       plgpu.barrier_wait(free.at[lax.rem(i, stages)])
 
 
+@plgpu.inline_mgpu(
+  arg_types=(_WORDS,),
+  return_type=plgpu.ShapeDtypeStruct((TILE_N, BLOCK), jnp.bfloat16, layout=_HALVES),
+)
+def _as_bfloat16(ctx: Any, words: Any) -> Any:
+  """int32 `[128, 8]` as bfloat16 `[128, 16]` in the same registers; Pallas has no word for it."""
+  del ctx
+  pairs = ir.VectorType.get((8,), ir.BF16Type.get())
+  registers = [vector.bitcast(pairs, each) for each in words.registers.flat]
+  registers = np.asarray(registers, object).reshape(words.registers.shape)
+  return mgpu.FragmentedArray(_registers=registers, _layout=_HALVES.to_mgpu(), _is_signed=None)
+
+
 def _bfloat16(patterns: jax.Array, scales: jax.Array, subnormals: bool) -> jax.Array:
-  """`q s`, times 2^-8 or 1/4, of the patterns of a block `[N, 16]` and its scales `[N]`."""
+  """`q s`, times 2^-8 or 1/4, of the patterns of a block, `[N, 8]`, and its scales `[N]`."""
   scales = scales.astype(jnp.float16).astype(jnp.float32)
   if subnormals:
-    q = lax.bitcast_convert_type(patterns, jnp.bfloat16)
+    q = _as_bfloat16(patterns)
     scales = scales * jnp.float32(_SUBNORMAL_SCALE)
   else:
-    normal = (patterns & jnp.int16(MAGNITUDE_BITS)) | jnp.int16(_NORMAL_PATTERN)
-    v = lax.bitcast_convert_type(normal, jnp.bfloat16)  # 0 and 1/2 appear as 1/2 and 3/4
+    normal = (patterns & in_both(MAGNITUDE_BITS)) | in_both(_NORMAL_PATTERN)
+    v = halves(normal, jnp.bfloat16)  # 0 and 1/2 appear as 1/2 and 3/4
     q = lax.min(v, v + v - jnp.bfloat16(_QUARTER))
-    signed = lax.bitcast_convert_type(q, jnp.int16) | (patterns & jnp.int16(SIGN_BIT))
-    q = lax.bitcast_convert_type(signed, jnp.bfloat16)
+    signs = halves(patterns & in_both(SIGN_BIT), jnp.int16)
+    q = lax.bitcast_convert_type(lax.bitcast_convert_type(q, jnp.int16) | signs, jnp.bfloat16)
   return q * lax.broadcast_in_dim(scales.astype(jnp.bfloat16), q.shape, (0,))
 
 
@@ -179,17 +203,9 @@ def _decode(t: Tuning, r: _Rings, walk: Callable, me: jax.Array) -> None:
       at = part.done + skip + i * t.decoders
       packed, slot = lax.rem(at, t.packed_stages), lax.rem(at, t.w_stages)
       plgpu.barrier_wait(r.packed_full.at[packed])
-      for slab in range(0, t.tile_n, ROWS):
-        rows = pl.ds(slab, ROWS)
-        words = plgpu.load(r.words.at[packed, rows], layout=_ROW_A_THREAD)
-        blocks = []
-        for block in range(BLOCKS):
-          scale = r.scales.at[packed, block, rows]
-          scale = plgpu.load(scale, layout=_ROW_A_THREAD.reduce(1), optimized=False)
-          blocks.append(_bfloat16(decoded(words, block), scale, t.subnormals))
-        if slab == 0:
-          _wait_if(at >= t.w_stages, r.w_free.at[slot])
-        r.w[slot, rows] = lax.concatenate(blocks, 1)
+      tile = _decoded_tile(t, r, packed)
+      _wait_if(at >= t.w_stages, r.w_free.at[slot])
+      r.w[slot] = tile
       plgpu.commit_smem()  # of the words read as well: TMA overwrites them
       plgpu.barrier_arrive(r.packed_free.at[packed])
       plgpu.barrier_arrive(r.w_full.at[slot])
@@ -201,11 +217,22 @@ def _decode(t: Tuning, r: _Rings, walk: Callable, me: jax.Array) -> None:
     _wait_if(lax.rem(i, t.decoders) == me, r.w_free.at[lax.rem(i, t.w_stages)])
 
 
+def _decoded_tile(t: Tuning, r: _Rings, packed: jax.Array) -> jax.Array:
+  """A tile of the weight as bfloat16 `[128, 64]`, in registers."""
+  words = plgpu.load(r.words.at[packed], layout=_WORDS)
+  blocks = []
+  for block in range(BLOCKS):
+    scale = r.scales.at[packed, block]
+    scale = plgpu.load(scale, layout=_HALVES.reduce(1), optimized=False)
+    blocks.append(_bfloat16(decoded(words, block), scale, t.subnormals))
+  return lax.concatenate(blocks, 1)
+
+
 def _multiply(t: Tuning, r: _Rings, unit: Any, out: Any, walk: Callable, me: jax.Array) -> None:
   """A multiplier: its part of each tile, and the store of it."""
   _take_registers(t, t.multiplier_registers)
-  rows, columns = t.part
-  row, column = (me * rows, 0) if t.by_rows else (0, me * columns)
+  rows = t.tile_m // t.multipliers
+  row = me * rows
   factor = unit[0] * jnp.float32(_SUBNORMAL_UNIT if t.subnormals else _NORMAL_UNIT)
 
   def free(at: jax.Array) -> None:
@@ -214,13 +241,13 @@ def _multiply(t: Tuning, r: _Rings, unit: Any, out: Any, walk: Callable, me: jax
 
   def store(part: _Part, y: jax.Array) -> None:
     width = r.out.shape[-1]
-    places = [(a, b) for a in range(0, rows, MMA_ROWS) for b in range(0, columns, width)]
+    places = [(a, b) for a in range(0, rows, MMA_ROWS) for b in range(0, TILE_N, width)]
     for count, (a, b) in enumerate(places):
       buffer = r.out.at[me, count % 2]
       plgpu.wait_smem_to_gmem(1, wait_read_only=True)
       buffer[...] = y[a : a + MMA_ROWS, b : b + width]
       plgpu.commit_smem()
-      at = pl.ds(part.row + row + a, MMA_ROWS), pl.ds(part.column + column + b, width)
+      at = pl.ds(part.row + row + a, MMA_ROWS), pl.ds(part.column + b, width)
       plgpu.copy_smem_to_gmem(buffer, out.at[part.split, *at])
 
   def body(part: _Part) -> None:
@@ -232,7 +259,7 @@ def _multiply(t: Tuning, r: _Rings, unit: Any, out: Any, walk: Callable, me: jax
         plgpu.barrier_wait(r.x_full.at[x])
         plgpu.barrier_wait(r.w_full.at[w])
         left = r.x.at[x, pl.ds(row, rows)]
-        plgpu.wgmma(acc, left, r.w.at[w, pl.ds(column, columns)].T)
+        plgpu.wgmma(acc, left, r.w.at[w].T)
         plgpu.wgmma_wait(1)
 
         @pl.when(i > 0)
@@ -243,7 +270,7 @@ def _multiply(t: Tuning, r: _Rings, unit: Any, out: Any, walk: Callable, me: jax
       free(part.done + part.count - 1)
       store(part, (acc[...] * factor).astype(out.dtype))
 
-    pl.run_scoped(product, plgpu.ACC((rows, columns), jnp.float32))
+    pl.run_scoped(product, plgpu.ACC((rows, TILE_N), jnp.float32))
 
   walk(body)
   plgpu.wait_smem_to_gmem(0, wait_read_only=True)
@@ -263,7 +290,7 @@ def kernel_of(t: Tuning, m: int, n: int, steps: int, dtype: jnp.dtype) -> Callab
       lambda: _multiply(t, r, unit, out, walk, me - t.decoders)
     )
 
-  tiles = t.splits * pl.cdiv(m, t.tile_m) * (n // t.tile_n)
+  tiles = t.splits * pl.cdiv(m, t.tile_m) * (n // TILE_N)
   return plgpu.kernel(
     nvfp4_matmul,
     out_type=jax.ShapeDtypeStruct((t.splits, m, n), dtype),

@@ -18,8 +18,8 @@ from jax import lax
 
 from longlive_jax.checks import check_at_least, check_divides, check_shape
 from longlive_jax.kernels.hopper_kernel import kernel_of
-from longlive_jax.kernels.hopper_layout import BLOCK, BLOCKS, TILE_K, expand
-from longlive_jax.kernels.hopper_tuning import ROWS, Tuning, cdiv, choose_tuning
+from longlive_jax.kernels.hopper_layout import BLOCKS, TILE_K, WORDS, expand
+from longlive_jax.kernels.hopper_tuning import TILE_N, Tuning, cdiv, choose_tuning
 from longlive_jax.types import Array
 
 _TMA_ROWS = 8  # of a swizzled tile
@@ -38,7 +38,7 @@ def packed_matmul(
 
   Args:
     x: bfloat16 `[M, K]`, any M.
-    words: int16 `[K / 64, N, 16]`, see `hopper_layout.repack`.
+    words: int32 `[K / 64, N, 8]`, see `hopper_layout.repack`.
     scales: float8_e4m3fn `[K / 64, 4, N]`.
     unit: float32 scalar.
     out_dtype: bfloat16 or float32.
@@ -48,24 +48,23 @@ def packed_matmul(
     `[M, N]`.
 
   Raises:
-    ValueError: shapes or dtypes do not fit, or `tile_n` does not divide N.
+    ValueError: shapes or dtypes do not fit, or 128 does not divide N.
 
   Numerics: products are exact; the sum over K has the order of the tensor core, and one more
     addition for each split.
   """
   tiles, n, _ = words.shape
   m = x.shape[0]
-  check_shape("words", words.shape, (None, None, BLOCK))
+  check_shape("words", words.shape, (None, None, WORDS))
   check_shape("scales", scales.shape, (tiles, BLOCKS, n))
   check_shape("x", x.shape, (None, tiles * TILE_K))
-  if (x.dtype, words.dtype, scales.dtype) != (jnp.bfloat16, jnp.int16, jnp.float8_e4m3fn):
+  if (x.dtype, words.dtype, scales.dtype) != (jnp.bfloat16, jnp.int32, jnp.float8_e4m3fn):
     raise ValueError(
       f"x, words, scales are {x.dtype}, {words.dtype}, {scales.dtype};"
-      " they must be bfloat16, int16, float8_e4m3fn"
+      " they must be bfloat16, int32, float8_e4m3fn"
     )
-  check_divides("N", n, "rows of a tile of the weight", ROWS)
+  check_divides("N", n, "rows of a tile of the weight", TILE_N)
   tuning = tuning or choose_tuning(m, n, tiles * TILE_K)
-  check_divides("N", n, "tile_n", tuning.tile_n)
   check_at_least("K / 64", tiles, tuning.splits)
   splits = cdiv(tiles, cdiv(tiles, tuning.splits))  # so that none is empty
   tuning = dataclasses.replace(tuning, splits=splits)

@@ -2,9 +2,9 @@
 
 A step of 64 columns of a tile costs, in cycles of an SM, the most of
 
-    tensor core    tile_m tile_n / 32
+    tensor core    128 tile_m / 32
     shared memory  bytes read by wgmma and written by TMA and decoders / 128
-    decoding       330 instructions of a warp for 128 rows
+    decoding       430 + 840 / decoders, as measured
 
 so large tiles are cheaper: they decode a weight for more rows of x. Small results need many tiles,
 or parts of K, to give all SMs work.
@@ -16,13 +16,13 @@ import functools
 from longlive_jax.checks import check_at_least, check_divides
 from longlive_jax.kernels.hopper_layout import BLOCKS, TILE_K
 
-ROWS = 128  # rows that a decoding warpgroup takes at once: one a thread
+TILE_N = 128  # rows of the weight in a tile: a decoding warpgroup takes one a thread
 _SHARED_BYTES = 227 * 1024  # of a block on Hopper
 MMA_ROWS = 64
+_DECODING = 430, 840  # cycles; on an H100 a step takes one decoder 1270, two 850, three 700
 _REGISTERS = 512  # of four lanes, one in each partition of an SM
 LOADER_REGISTERS = 24
 SWIZZLE = 128
-MOST_COLUMNS = 128  # of one wgmma; the registers of 256 are refused to four warpgroups
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,9 +31,7 @@ class Tuning:
 
   Attributes:
     tile_m: rows of x in a tile of the result; 64 times a number.
-    tile_n: rows of the weight in it; a multiple of 128.
-    multipliers: warpgroups that multiply.
-    by_rows: they share the rows of a tile, else its columns; at most 128 columns each.
+    multipliers: warpgroups that multiply; they share the rows of a tile.
     decoders: warpgroups that decode; they take steps of 64 columns in turn.
     x_stages, packed_stages, w_stages: depth of the rings; the last two multiples of `decoders`.
     splits: parts of K.
@@ -44,9 +42,7 @@ class Tuning:
   """
 
   tile_m: int = 256
-  tile_n: int = 128
   multipliers: int = 2
-  by_rows: bool = True
   decoders: int = 1
   x_stages: int = 4
   packed_stages: int = 4
@@ -59,30 +55,19 @@ class Tuning:
   subnormals: bool = True
 
   def __post_init__(self) -> None:
-    check_divides("tile_n", self.tile_n, "rows of a decoding warpgroup", ROWS)
     check_divides("packed_stages", self.packed_stages, "decoders", self.decoders)
     check_divides("w_stages", self.w_stages, "decoders", self.decoders)
     check_at_least("w_stages", self.w_stages, 2)
     check_at_least("x_stages", self.x_stages, 2)
     check_at_least("splits", self.splits, 1)
-    rows = MMA_ROWS * (self.multipliers if self.by_rows else 1)
-    check_divides("tile_m", self.tile_m, "rows of a wgmma in each multiplier", rows)
-    columns = 64 * (1 if self.by_rows else self.multipliers)
-    check_divides("tile_n", self.tile_n, "columns of a store in each multiplier", columns)
-    if self.part[1] > MOST_COLUMNS:
-      raise ValueError(f"{self} gives a multiplier {self.part[1]} columns, more than 128")
+    check_divides(
+      "tile_m", self.tile_m, "rows of a wgmma a multiplier", MMA_ROWS * self.multipliers
+    )
     if self.shared_bytes > _SHARED_BYTES:
       raise ValueError(f"{self} needs {self.shared_bytes} bytes of shared memory, not 232448")
     most = self.groups * self.launch_registers
     if self.registers > most:
       raise ValueError(f"{self} needs {self.registers} registers of four lanes, not {most}")
-
-  @property
-  def part(self) -> tuple[int, int]:
-    """Rows and columns of a tile that one multiplier takes."""
-    if self.by_rows:
-      return self.tile_m // self.multipliers, self.tile_n
-    return self.tile_m, self.tile_n // self.multipliers
 
   @property
   def groups(self) -> int:
@@ -98,8 +83,8 @@ class Tuning:
   def shared_bytes(self) -> int:
     """Shared memory of a block, without its barriers."""
     x = self.x_stages * self.tile_m * TILE_K * 2
-    packed = self.packed_stages * self.tile_n * (TILE_K // 2 + BLOCKS)
-    w = self.w_stages * self.tile_n * TILE_K * 2
+    packed = self.packed_stages * TILE_N * (TILE_K // 2 + BLOCKS)
+    w = self.w_stages * TILE_N * TILE_K * 2
     return x + packed + w + self.multipliers * 2 * MMA_ROWS * SWIZZLE
 
   @property
@@ -113,24 +98,25 @@ class Tuning:
 SMALL = Tuning(
   tile_m=64,
   multipliers=1,
-  decoders=2,
+  decoders=3,
   x_stages=6,
   packed_stages=12,
-  w_stages=4,
-  decoder_registers=112,
+  w_stages=3,
+  decoder_registers=88,
   multiplier_registers=168,
 )
 MIDDLE = dataclasses.replace(
   SMALL,
   tile_m=128,
   multipliers=2,
+  decoders=2,
   x_stages=4,
+  w_stages=4,
   decoder_registers=88,
   multiplier_registers=136,
 )
-WIDE = Tuning(tile_m=128, tile_n=256, by_rows=False, x_stages=5)
 LARGE = Tuning()
-TUNINGS = {"small": SMALL, "middle": MIDDLE, "wide": WIDE, "large": LARGE}
+TUNINGS = {"small": SMALL, "middle": MIDDLE, "large": LARGE}
 
 
 def cdiv(a: int, b: int) -> int:
@@ -139,17 +125,16 @@ def cdiv(a: int, b: int) -> int:
 
 
 def _step_cycles(tuning: Tuning) -> float:
-  rows, columns = tuning.part
-  read = tuning.multipliers * (rows // MMA_ROWS) * TILE_K * 2 * (MMA_ROWS + columns)
-  written = (tuning.tile_m + tuning.tile_n) * TILE_K * 2
-  packed = 2 * tuning.tile_n * (TILE_K // 2 + BLOCKS)
-  decoding = 330 * tuning.tile_n / ROWS + 60
-  return max(tuning.tile_m * tuning.tile_n / 32, (read + written + packed) / 128, decoding)
+  read = tuning.tile_m // MMA_ROWS * TILE_K * 2 * (MMA_ROWS + TILE_N)
+  written = (tuning.tile_m + TILE_N) * TILE_K * 2
+  packed = 2 * TILE_N * (TILE_K // 2 + BLOCKS)
+  decoding = _DECODING[0] + _DECODING[1] / tuning.decoders
+  return max(tuning.tile_m * TILE_N / 32, (read + written + packed) / 128, decoding)
 
 
 def _cycles(m: int, n: int, steps: int, tuning: Tuning) -> float:
   """A model of the time: whole rounds of all SMs, then the sum over parts of K."""
-  tiles = tuning.splits * cdiv(m, tuning.tile_m) * cdiv(n, tuning.tile_n)
+  tiles = tuning.splits * cdiv(m, tuning.tile_m) * cdiv(n, TILE_N)
   longest = cdiv(steps, tuning.splits)
   time = cdiv(tiles, tuning.multiprocessors) * (longest * _step_cycles(tuning) + 3000)
   return time if tuning.splits == 1 else time + tuning.splits * m * n * 8 / 2500 + 5000
@@ -161,6 +146,5 @@ def choose_tuning(m: int, n: int, k: int, multiprocessors: int = 132) -> Tuning:
     dataclasses.replace(tuning, splits=splits, multiprocessors=multiprocessors)
     for tuning in TUNINGS.values()
     for splits in range(1, min(8, k // TILE_K) + 1)
-    if n % tuning.tile_n == 0
   ]
   return min(known, key=functools.partial(_cycles, m, n, k // TILE_K))

@@ -18,7 +18,7 @@ def kernel_for(device: jax.Device) -> str:
 
 
 def use_kernels(setting: str) -> bool:
-  """Whether layers' inputs are quantised by Pallas kernels.
+  """Whether layers' inputs are quantised, and the packed cache is written and read, by kernels.
 
   Args:
     setting: `quant.kernels`. "auto": on one Hopper GPU (the compiler does not split a kernel call

@@ -13,6 +13,7 @@ def alternated_seconds(
   *args: PyTree,
   repeats: int = 50,
   warm_seconds: float = 20.0,
+  in_flight: int = 1,
 ) -> dict[str, list[float]]:
   """Times functions in turn, so that a clock that falls as a chip warms is the same for all.
 
@@ -21,10 +22,12 @@ def alternated_seconds(
     *args: given to each of them; must not be donated.
     repeats: timed rounds; a round calls every function once.
     warm_seconds: rounds that are not timed go on for so long, and for one round at least.
+    in_flight: calls of a round that are launched one after the other before the last is awaited.
 
   Returns:
-    name -> seconds of each call, until its result is there. A call of some microseconds is
-    mostly its launch: time several calls in one function.
+    name -> seconds of each call, until its result is there. A call that is shorter than its launch
+    of some 50 microseconds must be timed as several in one function, a longer one with some in
+    flight.
   """
   seconds: dict[str, list[float]] = {name: [] for name in functions}
   begin = time.perf_counter()
@@ -36,6 +39,9 @@ def alternated_seconds(
   for _ in range(repeats):
     for name, function in functions.items():
       start = time.perf_counter()
-      jax.block_until_ready(function(*args))
-      seconds[name].append(time.perf_counter() - start)
+      out: PyTree = None
+      for _ in range(in_flight):
+        out = function(*args)
+      jax.block_until_ready(out)
+      seconds[name].append((time.perf_counter() - start) / in_flight)
   return seconds

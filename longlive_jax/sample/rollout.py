@@ -119,7 +119,7 @@ class Engine:
     def cache() -> Cache:
       if quant.cache == "none":
         return empty_cache(*shape, model.dtype)
-      kernels = quant.kernels == "on" and use_kernels("on")
+      kernels = use_kernels(quant.kernels)
       return empty_quantised_cache(
         shape, model.dtype, quant.cache_rule, quant.cache_smoothing, kernels
       )
