@@ -12,7 +12,7 @@ from collections.abc import Iterator
 
 from absl import flags
 
-from longlive_jax.build import cast_params, choose_ops
+from longlive_jax.build import cast_params, choose_ops, unrolls
 from longlive_jax.config.load import load_config, run_main
 from longlive_jax.eval import bench_block, bench_quant
 from longlive_jax.eval.bench import Case, Record, measure
@@ -43,7 +43,7 @@ def jobs() -> Iterator[Case]:
   if SUITE.value == "quant":
     return bench_quant.cases(bench_quant.SIZES[SIZES.value])
   experiment = load_config(CONFIGS[SIZES.value])
-  return bench_block.cases(experiment, choose_ops(experiment), cast_params)
+  return bench_block.cases(experiment, choose_ops(experiment), cast_params, unrolls(experiment))
 
 
 def main(argv: list[str]) -> None:

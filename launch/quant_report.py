@@ -31,6 +31,7 @@ LEVELS = flags.DEFINE_list("timesteps", ["250", "500", "750", "1000"], "noise le
 
 def report(experiment: Experiment, script: Script, timesteps: list[float]) -> list[dict]:
   """Rows of weights and of activations."""
+  experiment.sample.unroll_layers = "off"  # layers are named by their stacks
   quant, pipeline = experiment.quant, Pipeline.from_config(experiment)
   params, network = pipeline.models.params["dit"], pipeline.models.dit
   paths = sorted(selected(linear_paths(params), quant.layers))

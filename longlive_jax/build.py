@@ -14,7 +14,7 @@ from longlive_jax.config.load import load_config, read_saved
 from longlive_jax.config.walk import differences
 from longlive_jax.io.checkpoint import MismatchError, load_params, read_metadata
 from longlive_jax.io.leaves import path_name
-from longlive_jax.model.dit import declare_dit
+from longlive_jax.model.dit import declare_dit, separate_layers
 from longlive_jax.model.module import Network
 from longlive_jax.model.ops import Ops, attend_with, cudnn_attention, dense_attention
 from longlive_jax.model.text import declare_text, frozen_params
@@ -62,6 +62,12 @@ def choose_ops(experiment: Experiment) -> Ops:
   chosen = wanted if wanted != "auto" else "cudnn" if able else "jnp"
   logging.info("attention: %s", chosen)
   return Ops(attend=attend_with(cudnn_attention if chosen == "cudnn" else dense_attention))
+
+
+def unrolls(experiment: Experiment) -> bool:
+  """Whether the sampler's transformer has separate layers, see `sample.unroll_layers`."""
+  setting = experiment.sample.unroll_layers
+  return setting == "on" or (setting == "auto" and jax.default_backend() == "gpu")
 
 
 def declare_networks(experiment: Experiment) -> dict[str, Network]:
@@ -198,8 +204,10 @@ class Pipeline(Sampler):
     """
     models = build_models(experiment)
     dit = cast_params(models.params["dit"], experiment.model.dtype)
-    dit = quantise_params(dit, experiment.quant)
-    return cls(dataclasses.replace(models, params={**models.params, "dit": dit}))
+    dit, network = quantise_params(dit, experiment.quant), models.dit
+    if unrolls(experiment):
+      dit, network = separate_layers(dit), declare_dit(experiment.model, unrolled=True)
+    return cls(dataclasses.replace(models, dit=network, params={**models.params, "dit": dit}))
 
   @classmethod
   def from_checkpoint(cls, folder: str | Path) -> "Pipeline":

@@ -24,6 +24,7 @@ CACHES = ("none", "nvfp4")
 SCALE_RULES = ("static_6", "static_4", "mse", "mae", "abs_max")
 SMOOTHINGS = ("none", "tokens", "original")
 KERNELS = ("auto", "on", "off")
+UNROLLS = ("auto", "on", "off")
 WEIGHT_BLOCKS = ("1x16", "16x16")
 ROUNDINGS = ("stochastic", "nearest")
 VAE_SPACE, VAE_TIME = 16, 4  # pixels a latent, frames a latent
@@ -218,6 +219,7 @@ def check_quantised_cache(experiment: Experiment) -> None:
 def check_sample(sample: Sample, block: int) -> None:
   """The sampler, and what the window must hold."""
   check_choice("sample.solver", sample.solver, SOLVERS)
+  check_choice("sample.unroll_layers", sample.unroll_layers, UNROLLS)
   name, unit = "model.block_latents", block
   check_divides("sample.window_latents", sample.window_latents, name, unit)
   if sample.sink_latents:

@@ -39,6 +39,7 @@ class Case:
     in_flight: calls launched before the last of them is awaited.
     flops: floating-point operations of a job.
     bytes_moved: implementation -> bytes a job must read and write at least.
+    more: implementation -> what else its record says.
   """
 
   name: str
@@ -52,6 +53,7 @@ class Case:
   in_flight: int = 1
   flops: float = 0.0
   bytes_moved: Mapping[str, float] = dataclasses.field(default_factory=dict)
+  more: Mapping[str, Record] = dataclasses.field(default_factory=dict)
 
 
 def chain(
@@ -156,5 +158,6 @@ def measure(case: Case, repeats: int, warm_seconds: float) -> Iterator[Record]:
       "error": relative_error(values[name], values[case.reference]),
       "reference": case.reference,
       **made[name][1],
+      **case.more.get(name, {}),
       **setting(),
     }

@@ -15,10 +15,10 @@ import jax
 import jax.numpy as jnp
 
 from longlive_jax.config import Experiment
-from longlive_jax.eval.bench import Case
+from longlive_jax.eval.bench import Case, Record
 from longlive_jax.kernels.matmul_choice import use_kernels
 from longlive_jax.model import solvers
-from longlive_jax.model.dit import TextKV, declare_dit
+from longlive_jax.model.dit import TextKV, declare_dit, separate_layers
 from longlive_jax.model.kv_cache import KVCache, SlotState
 from longlive_jax.model.ops import Ops
 from longlive_jax.quant.kv import QuantisedKVCache, Store
@@ -57,11 +57,11 @@ def random_params(experiment: Experiment, cast: Callable[[PyTree, str], PyTree])
   return params | {"head": head}
 
 
-def random_cache(experiment: Experiment) -> KVCache:
+def random_cache(experiment: Experiment, layers: int) -> KVCache:
   """A cache whose slots are all filled."""
   model, schedule = experiment.model, Schedule.of(experiment)
   tokens = model.block_latents * experiment.latent_tokens
-  shape = (model.layers, 1, schedule.window.slots, tokens, model.heads, model.head_dim)
+  shape = (layers, 1, schedule.window.slots, tokens, model.heads, model.head_dim)
   draw = jax.jit(lambda key: jax.random.normal(key, shape, model.dtype))
   return KVCache(*(draw(key) for key in jax.random.split(jax.random.key(2))))
 
@@ -77,6 +77,19 @@ def packed_cache(cache: KVCache, experiment: Experiment) -> QuantisedKVCache:
     return Store(q.codes, q.scales, q.amax, None, rule, kernels)
 
   return QuantisedKVCache(store(cache.k), store(cache.v))
+
+
+def caches_of(experiment: Experiment, unrolled: bool) -> dict[str, PyTree]:
+  """The same random cache as `quant.cache` stores it: "none", "nvfp4"."""
+  layers = experiment.model.layers
+  plain = random_cache(experiment, 1 if unrolled else layers)
+  packed = packed_cache(plain, experiment)
+  if not unrolled:
+    return {"none": plain, "nvfp4": packed}
+  return {
+    name: tuple(jax.tree.map(jnp.copy, cache) for _ in range(layers))
+    for name, cache in (("none", plain), ("nvfp4", packed))
+  }
 
 
 def full_window(experiment: Experiment) -> Tables:
@@ -95,12 +108,14 @@ def random_text(experiment: Experiment) -> TextKV:
   return TextKV(*(jax.random.normal(key, shape, model.dtype) for key in keys))
 
 
-def one_block(experiment: Experiment, ops: Ops) -> Callable[[Any, Array, TextKV], PyTree]:
+def one_block(
+  experiment: Experiment, ops: Ops, unrolled: bool
+) -> Callable[[Any, Array, TextKV], PyTree]:
   """`((params, cache), noise, text) -> (latents, a few numbers of the cache)`."""
   sample, model = experiment.sample, experiment.model
-  network = declare_dit(model)
+  network = declare_dit(model, unrolled)
   plan = solvers.plan(sample.solver, sample.steps, model.shift)
-  ops = quantised_ops(ops, experiment.quant, network.abstract)
+  ops = quantised_ops(ops, experiment.quant, declare_dit(model).abstract)
   denoiser, tables = Denoiser(network, model, plan, ops=ops), full_window(experiment)
 
   def run(own: Any, noise: Array, text: TextKV) -> PyTree:
@@ -115,7 +130,7 @@ def one_block(experiment: Experiment, ops: Ops) -> Callable[[Any, Array, TextKV]
 
 
 def cases(
-  experiment: Experiment, ops: Ops, cast: Callable[[PyTree, str], PyTree]
+  experiment: Experiment, ops: Ops, cast: Callable[[PyTree, str], PyTree], unrolled: bool
 ) -> Iterator[Case]:
   """The one job of the suite.
 
@@ -123,15 +138,22 @@ def cases(
     experiment: gives all sizes; its `quant` says how, not whether.
     ops: attention of this device.
     cast: parameters to a dtype, see `build.cast_params`.
+    unrolled: see `DiT`.
   """
-  params, cache = random_params(experiment, cast), random_cache(experiment)
-  packed = packed_cache(cache, experiment)
+  params, caches = random_params(experiment, cast), caches_of(experiment, unrolled)
   owned: dict[str, Any] = {}
   functions: dict[str, Callable[..., PyTree]] = {}
+  more: dict[str, Record] = {}
   for name, (linears, stored) in VARIANTS.items():
     variant = varied(experiment, linears, stored)
-    owned[name] = quantise_params(params, variant.quant), packed if stored == "nvfp4" else cache
-    functions[name] = chosen(one_block(variant, ops), name)
+    weights = quantise_params(params, variant.quant)
+    more[name] = {
+      "layer_bytes": size(weights["layers"]),
+      "cache_bytes": size(caches[stored]),
+      "unrolled": unrolled,
+    }
+    owned[name] = separate_layers(weights) if unrolled else weights, caches[stored]
+    functions[name] = chosen(one_block(variant, ops, unrolled), name)
   noise = jax.random.normal(jax.random.key(4), block_shape(experiment, 1))
   model, sample = experiment.model, experiment.sample
   yield Case(
@@ -142,7 +164,13 @@ def cases(
     (owned, noise, random_text(experiment)),
     lambda out: out[0],
     BFLOAT16,
+    more=more,
   )
+
+
+def size(tree: PyTree) -> int:
+  """Bytes of all arrays."""
+  return sum(leaf.nbytes for leaf in jax.tree.leaves(tree))
 
 
 def chosen(run: Callable[..., PyTree], name: str) -> Callable[..., PyTree]:

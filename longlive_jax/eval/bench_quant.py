@@ -133,6 +133,7 @@ def product(m: int, n: int, k: int, calls: int, hopper: bool) -> Case:
     lambda results: jnp.stack([y[:64, :64] for y in results]),
     "bfloat16",
     calls=calls,
+    in_flight=4,
     flops=2.0 * m * n * k,
     bytes_moved={name: n * k * read[name] + 2 * m * (n + k) for name in jobs},
   )

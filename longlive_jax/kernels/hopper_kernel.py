@@ -43,7 +43,7 @@ from longlive_jax.kernels.hopper_layout import (
 from longlive_jax.kernels.hopper_tuning import LOADER_REGISTERS, MMA_ROWS, SWIZZLE, TILE_N, Tuning
 
 
-def _row_a_thread(vector: int) -> plgpu.Layout:
+def _row_a_thread(vector: int) -> Any:
   tiling = plgpu.Tiling(((TILE_N, vector), (32, vector)))
   return plgpu.Layout.TILED(tiling, warp_dims=(-4,), lane_dims=(-2,), vector_dim=-1)
 

@@ -45,19 +45,24 @@ Attend = Callable[[Array, Array, Array, Any, Array | int, Plan], tuple[Array, An
 Norm = Callable[[Array, Array, Array, float], Array]
 
 
-def contract(a: Array, b: Array, axes: tuple[int, int]) -> Array:
-  """float32 sum of products over one axis of each operand; the other axes of a, then those of b.
+def contract(
+  a: Array, b: Array, axes: tuple[int, int], dtype: jax.typing.DTypeLike = jnp.float32
+) -> Array:
+  """Sum of products over one axis of each operand; the other axes of a, then those of b.
 
-  Operands enter as they are. A CPU widens them first: that changes nothing, for float32 holds the
-  product of two bfloat16 numbers, and its own bfloat16 product lacks some shapes.
+  The sum is float32, the result `dtype`. Operands enter as they are. A CPU widens them first: that
+  changes nothing, for float32 holds the product of two bfloat16 numbers, and its own bfloat16
+  product lacks some shapes.
   """
   dimensions = (((axes[0],), (axes[1],)), ((), ()))
 
   def narrow(a: Array, b: Array) -> Array:
-    return jax.lax.dot_general(a, b, dimensions, preferred_element_type=jnp.float32)
+    return jax.lax.dot_general(a, b, dimensions, preferred_element_type=dtype)
 
   def wide(a: Array, b: Array) -> Array:
-    return narrow(a.astype(jnp.float32), b.astype(jnp.float32))
+    a, b = a.astype(jnp.float32), b.astype(jnp.float32)
+    y = jax.lax.dot_general(a, b, dimensions, preferred_element_type=jnp.float32)
+    return y.astype(dtype)
 
   if a.dtype == b.dtype == jnp.float32:
     return narrow(a, b)
@@ -66,12 +71,13 @@ def contract(a: Array, b: Array, axes: tuple[int, int]) -> Array:
 
 @jax.custom_vjp
 def product(x: Array, w: Array) -> Array:
-  """`x [..., in] @ w [in, out]` with operands in x's dtype and a float32 result.
+  """`x [..., in] @ w [in, out]` in x's dtype, summed in float32.
 
   Its three products (fprop, dgrad, wgrad) all take operands in x's dtype: derived automatically,
-  dgrad and wgrad would multiply a float32 cotangent, at a fraction of the speed.
+  dgrad and wgrad would multiply a float32 cotangent, at a fraction of the speed. A float32 result
+  would be written and read again at twice the bytes.
   """
-  return contract(x, w.astype(x.dtype), (x.ndim - 1, 0))
+  return contract(x, w.astype(x.dtype), (x.ndim - 1, 0), x.dtype)
 
 
 def _fprop(x: Array, w: Array) -> tuple[Array, tuple[Array, Array]]:
@@ -81,9 +87,9 @@ def _fprop(x: Array, w: Array) -> tuple[Array, tuple[Array, Array]]:
 def _dgrad_wgrad(saved: tuple[Array, Array], g: Array) -> tuple[Array, Array]:
   x, w = saved
   narrow = g.astype(x.dtype)
-  dx = contract(narrow, w.astype(x.dtype), (g.ndim - 1, 1))
+  dx = contract(narrow, w.astype(x.dtype), (g.ndim - 1, 1), x.dtype)
   rows, columns = x.reshape(-1, x.shape[-1]), narrow.reshape(-1, g.shape[-1])
-  return dx.astype(x.dtype), contract(rows, columns, (0, 0)).astype(w.dtype)
+  return dx, contract(rows, columns, (0, 0)).astype(w.dtype)
 
 
 product.defvjp(_fprop, _dgrad_wgrad)

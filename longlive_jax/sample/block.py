@@ -26,7 +26,8 @@ from longlive_jax.types import Array, PyTree
 
 # one entry a guidance branch: (prompt,) or (prompt, negative prompt)
 Texts = tuple[TextKV, ...]
-Caches = tuple[Cache, ...]
+# one entry a guidance branch: a cache, or of an unrolled network one a layer
+Caches = tuple[Cache | tuple[Cache, ...], ...]
 
 
 @dataclasses.dataclass(frozen=True)

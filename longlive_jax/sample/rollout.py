@@ -20,7 +20,7 @@ import numpy as np
 
 from longlive_jax.config import Experiment
 from longlive_jax.kernels.matmul_choice import use_kernels
-from longlive_jax.model.dit import TextKV
+from longlive_jax.model.dit import TextKV, is_unrolled
 from longlive_jax.model.kv_cache import Cache, SlotState, admit, empty_cache, keep_sink
 from longlive_jax.quant.kv import empty_quantised_cache
 from longlive_jax.sample.block import Caches, Denoiser, Texts
@@ -111,20 +111,24 @@ class Engine:
     self.select = jax.jit(_select, donate_argnums=(1,)).lower(rows, caches, caches).compile()
 
   def _empty(self) -> Caches:
+    model = self.experiment.model
+    if is_unrolled(self.denoiser.network):
+      return tuple(
+        tuple(self._empty_cache(1) for _ in range(model.layers)) for _ in range(self.branches)
+      )
+    return tuple(self._empty_cache(model.layers) for _ in range(self.branches))
+
+  def _empty_cache(self, layers: int) -> Cache:
     model, quant = self.experiment.model, self.experiment.quant
     tokens = model.block_latents * self.experiment.latent_tokens
     slots = self.schedule.window.slots
-    shape = (model.layers, self.batch, slots, tokens, model.heads, model.head_dim)
-
-    def cache() -> Cache:
-      if quant.cache == "none":
-        return empty_cache(*shape, model.dtype)
-      kernels = use_kernels(quant.kernels)
-      return empty_quantised_cache(
-        shape, model.dtype, quant.cache_rule, quant.cache_smoothing, kernels
-      )
-
-    return tuple(cache() for _ in range(self.branches))
+    shape = (layers, self.batch, slots, tokens, model.heads, model.head_dim)
+    if quant.cache == "none":
+      return empty_cache(*shape, model.dtype)
+    kernels = use_kernels(quant.kernels)
+    return empty_quantised_cache(
+      shape, model.dtype, quant.cache_rule, quant.cache_smoothing, kernels
+    )
 
   def start(self) -> RolloutState:
     """State before the first block."""

@@ -53,8 +53,8 @@ def test_narrow_products_have_narrow_operands_and_wide_weight_gradients():
     (*(v.aval.dtype.name for v in dot.invars), dot.outvars[0].aval.dtype.name)
     for dot in dots(closed.jaxpr)
   ]
-  narrow, wide = ("bfloat16", "bfloat16", "float32"), ("float32",) * 3
-  assert sorted(kinds) == [narrow] * 3 + [wide] * 3, "one of each for a CPU and for the rest"
+  narrow, weights, wide = ("bfloat16",) * 3, ("bfloat16", "bfloat16", "float32"), ("float32",) * 3
+  assert sorted(kinds) == [narrow] * 2 + [weights] + [wide] * 3, "once for a CPU, once for the rest"
   dx, dw, db = jax.grad(loss, (0, 1, 2))(x, w, bias)
   assert (dx.dtype, dw.dtype, db.dtype) == (jnp.bfloat16, jnp.float32, jnp.float32)
 

@@ -2,6 +2,8 @@
 
 import dataclasses
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -9,6 +11,7 @@ from longlive_jax.build import build_models
 from longlive_jax.config import Experiment, Quant
 from longlive_jax.config.load import from_flags, from_json, to_json
 from longlive_jax.data.prompts import Script, Shot
+from longlive_jax.model.dit import declare_dit, separate_layers
 from longlive_jax.quant.kv import QuantisedKVCache
 from longlive_jax.quant.policy import quantise_params
 from longlive_jax.sample.sampler import Sampler
@@ -53,6 +56,23 @@ def test_a_quantised_video_is_near_the_plain_one(plain: np.ndarray, settings: di
   assert 1e-5 < relative < 0.3
   if "linears" not in settings:  # the first block has seen no cache
     np.testing.assert_allclose(video[:, :2], plain[:, :2], atol=1e-5)
+
+
+@pytest.mark.parametrize(
+  "settings", [{"linears": "nvfp4", "cache": "nvfp4", "cache_smoothing": "tokens"}, {}]
+)
+def test_separate_layers_make_the_same_video(settings: dict[str, str]):
+  stacked, sampler = video_of(**settings)
+  models = sampler.models
+  network = declare_dit(sampler.experiment.model, unrolled=True)
+  params = {**models.params, "dit": separate_layers(models.params["dit"])}
+  assert jax.tree.map(jnp.shape, params["dit"]["layers"][1]["self_attn"]["norm_q"]) == {
+    "scale": (32,)
+  }
+  other = Sampler(dataclasses.replace(models, dit=network, params=params))
+  video = np.concatenate([np.asarray(x) for x in other.latent_blocks([SCRIPT])], 1)
+  assert len(other.prepare().engine.start().caches[0]) == sampler.experiment.model.layers
+  np.testing.assert_allclose(video, stacked, atol=1e-5)
 
 
 @pytest.mark.parametrize(
