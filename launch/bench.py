@@ -43,7 +43,7 @@ def jobs() -> Iterator[Case]:
   if SUITE.value == "quant":
     return bench_quant.cases(bench_quant.SIZES[SIZES.value])
   experiment = load_config(CONFIGS[SIZES.value])
-  return bench_block.cases(experiment, choose_ops(experiment), cast_params, unrolls(experiment))
+  return bench_block.cases(experiment, choose_ops(experiment), cast_params, unrolls)
 
 
 def main(argv: list[str]) -> None:

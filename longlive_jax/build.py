@@ -65,9 +65,12 @@ def choose_ops(experiment: Experiment) -> Ops:
 
 
 def unrolls(experiment: Experiment) -> bool:
-  """Whether the sampler's transformer has separate layers, see `sample.unroll_layers`."""
-  setting = experiment.sample.unroll_layers
-  return setting == "on" or (setting == "auto" and jax.default_backend() == "gpu")
+  """Whether the sampler's transformer has separate layers, see `sample.unroll_layers`.
+
+  "auto": on a GPU, unless weights are quantised: they are small to copy, and compile slowly.
+  """
+  setting, plain = experiment.sample.unroll_layers, experiment.quant.linears == "none"
+  return setting == "on" or (setting == "auto" and plain and jax.default_backend() == "gpu")
 
 
 def declare_networks(experiment: Experiment) -> dict[str, Network]:

@@ -137,7 +137,9 @@ class Sample(Section):
   recache_cuts: bool = False  # after a cut, forget all but the sink
   relative_rope: bool = False
   t_scale: float = 1.0
-  unroll_layers: str = "auto"  # auto (on a GPU) | on | off: faster, but more is compiled
+  unroll_layers: str = (
+    "auto"  # auto (plain weights on a GPU) | on | off: no copies, slow to compile
+  )
   cut_prefix: str = "The scene transitions. "  # text put before the first prompt of a new shot
   seed: int = 0
 

@@ -57,11 +57,11 @@ def random_params(experiment: Experiment, cast: Callable[[PyTree, str], PyTree])
   return params | {"head": head}
 
 
-def random_cache(experiment: Experiment, layers: int) -> KVCache:
+def random_cache(experiment: Experiment) -> KVCache:
   """A cache whose slots are all filled."""
   model, schedule = experiment.model, Schedule.of(experiment)
   tokens = model.block_latents * experiment.latent_tokens
-  shape = (layers, 1, schedule.window.slots, tokens, model.heads, model.head_dim)
+  shape = (model.layers, 1, schedule.window.slots, tokens, model.heads, model.head_dim)
   draw = jax.jit(lambda key: jax.random.normal(key, shape, model.dtype))
   return KVCache(*(draw(key) for key in jax.random.split(jax.random.key(2))))
 
@@ -82,13 +82,13 @@ def packed_cache(cache: KVCache, experiment: Experiment) -> QuantisedKVCache:
 def caches_of(experiment: Experiment, unrolled: bool) -> dict[str, PyTree]:
   """The same random cache as `quant.cache` stores it: "none", "nvfp4"."""
   layers = experiment.model.layers
-  plain = random_cache(experiment, 1 if unrolled else layers)
-  packed = packed_cache(plain, experiment)
+  plain = random_cache(experiment)
+  made = {"none": plain, "nvfp4": packed_cache(plain, experiment)}
   if not unrolled:
-    return {"none": plain, "nvfp4": packed}
+    return made
   return {
-    name: tuple(jax.tree.map(jnp.copy, cache) for _ in range(layers))
-    for name, cache in (("none", plain), ("nvfp4", packed))
+    name: tuple(jax.tree.map(lambda a, i=i: a[i : i + 1], cache) for i in range(layers))
+    for name, cache in made.items()
   }
 
 
@@ -130,7 +130,10 @@ def one_block(
 
 
 def cases(
-  experiment: Experiment, ops: Ops, cast: Callable[[PyTree, str], PyTree], unrolled: bool
+  experiment: Experiment,
+  ops: Ops,
+  cast: Callable[[PyTree, str], PyTree],
+  unrolls: Callable[[Experiment], bool],
 ) -> Iterator[Case]:
   """The one job of the suite.
 
@@ -138,21 +141,23 @@ def cases(
     experiment: gives all sizes; its `quant` says how, not whether.
     ops: attention of this device.
     cast: parameters to a dtype, see `build.cast_params`.
-    unrolled: see `DiT`.
+    unrolls: whether a variant has separate layers, see `build.unrolls`.
   """
-  params, caches = random_params(experiment, cast), caches_of(experiment, unrolled)
+  params = random_params(experiment, cast)
+  caches = {each: caches_of(experiment, each) for each in (False, True)}
   owned: dict[str, Any] = {}
   functions: dict[str, Callable[..., PyTree]] = {}
   more: dict[str, Record] = {}
   for name, (linears, stored) in VARIANTS.items():
     variant = varied(experiment, linears, stored)
-    weights = quantise_params(params, variant.quant)
+    weights, unrolled = quantise_params(params, variant.quant), unrolls(variant)
+    cache = caches[unrolled][stored]
     more[name] = {
       "layer_bytes": size(weights["layers"]),
-      "cache_bytes": size(caches[stored]),
+      "cache_bytes": size(cache),
       "unrolled": unrolled,
     }
-    owned[name] = separate_layers(weights) if unrolled else weights, caches[stored]
+    owned[name] = separate_layers(weights) if unrolled else weights, cache
     functions[name] = chosen(one_block(variant, ops, unrolled), name)
   noise = jax.random.normal(jax.random.key(4), block_shape(experiment, 1))
   model, sample = experiment.model, experiment.sample

@@ -183,10 +183,17 @@ class DiT(nnx.Module):
   ) -> tuple[Array, Any]:
     if remat != "none":
       raise ValueError(f"remat={remat} is for stacked layers")
+    graph = nnx.split(self.layers[0])[0]
+
+    @jax.jit  # so that one layer is traced, not all
+    def one(state: Any, x: Array, texts: Any, cache: Any, key: Array | None) -> tuple[Array, Any]:
+      layer, here = nnx.merge(graph, state), ops.with_key(key)
+      return layer(x, conditions, texts, plan, cache, 0, here, pieces)
+
     caches = [None] * len(self.layers) if cache is None else list(cache)
     for i, layer in enumerate(self.layers):
-      texts = text.k[i], text.v[i]
-      x, caches[i] = layer(x, conditions, texts, plan, caches[i], 0, ops.in_layer(i), pieces)
+      state, texts = nnx.split(layer)[1], (text.k[i], text.v[i])
+      x, caches[i] = one(state, x, texts, caches[i], ops.in_layer(i).key)
     return x, None if cache is None else tuple(caches)
 
 
