@@ -4,6 +4,7 @@ Source: spec/models.md sections 1.2 to 1.8 and 1.12.
 """
 
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -58,8 +59,13 @@ class AffineNorm(nnx.Module):
 
 
 def gelu(x: Array) -> Array:
-  """GELU, tanh approximation, in float32, result in the dtype of x."""
-  return jax.nn.gelu(x.astype(jnp.float32), approximate=True).astype(x.dtype)
+  """GELU, tanh approximation, in float32, result in the dtype of x.
+
+  `(1 + tanh u) / 2` is the logistic function of 2 u, which takes a GPU fewer instructions.
+  """
+  wide = x.astype(jnp.float32)
+  turn = math.sqrt(8 / math.pi) * (wide + 0.044715 * wide**3)
+  return (wide * jax.nn.sigmoid(turn)).astype(x.dtype)
 
 
 class Mlp(nnx.Module):

@@ -118,7 +118,7 @@ def rotate(x: Array, rope: Rope) -> Array:
   Numerics: float32 arithmetic, one rounding at the end.
   """
   pairs = x.astype(jnp.float32).reshape(*x.shape[:-1], -1, 2)
-  cos, sin = jnp.asarray(rope.cos)[:, :, None], jnp.asarray(rope.sin)[:, :, None]
-  real, imaginary = pairs[..., 0], pairs[..., 1]
-  turned = jnp.stack([real * cos - imaginary * sin, real * sin + imaginary * cos], -1)
+  cos, sin = (jnp.asarray(each)[:, :, None, :, None] for each in (rope.cos, rope.sin))
+  # the other of each pair by reversal, which is fused where a concatenation would be a pass
+  turned = pairs * cos + pairs[..., ::-1] * (sin * np.asarray([-1.0, 1.0], np.float32))
   return turned.reshape(x.shape).astype(x.dtype)
