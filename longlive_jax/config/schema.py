@@ -176,7 +176,7 @@ class Train(Section):
   prompt_dropout_share: float = 0.0  # of samples that see the negative prompt, for guidance
   first_latent_share: float = 0.0  # of samples whose first latent is given (image to video)
   loss_weighting: str = "bell"  # over noise levels: bell (0 at pure noise) | uniform
-  remat: str = "none"  # what the backward pass recomputes: none | dots | full
+  remat: str = "none"  # what the backward pass recomputes: none | dots | inputs | full
   kl_weight: float = 1e-4  # stage "vae"
   motion_weight: float = 0.0  # stage "vae": how much more moving pixels count
   seed: int = 0

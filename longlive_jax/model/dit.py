@@ -20,12 +20,16 @@ from longlive_jax.config import Model
 from longlive_jax.model.dit_layer import Head, Layer
 from longlive_jax.model.layers import Linear, Mlp, gelu, patchify, sinusoid, unpatchify
 from longlive_jax.model.module import Network, declare, stack_layers
-from longlive_jax.model.ops import ATTENDED, PACKED, PRODUCT, REFERENCE, Ops, Plan
+from longlive_jax.model.ops import ATTENDED, INPUT, PACKED, PRODUCT, REFERENCE, Ops, Plan
 from longlive_jax.types import Array, PyTree
 
 # What a layer keeps for its backward pass.
-KEPT = jax.checkpoint_policies.save_only_these_names(PRODUCT, ATTENDED, PACKED)
-REMAT = {"dots": KEPT, "full": None}
+_only = jax.checkpoint_policies.save_only_these_names
+REMAT = {
+  "dots": _only(PRODUCT, ATTENDED, PACKED),
+  "inputs": _only(INPUT, ATTENDED, PACKED),
+  "full": None,
+}
 
 small_normal = jax.nn.initializers.normal(0.02)
 
@@ -120,7 +124,8 @@ class DiT(nnx.Module):
       context_timesteps: `[B, F]`; default 0.
       pieces: prompts a sample; each half of the tokens is cut into as many equal runs.
       head: False stops after the layers (a pass that only fills the cache).
-      remat: the backward pass recomputes: none | dots (all but products and attention) | full.
+      remat: the backward pass recomputes: none | dots (all but products and attention) | inputs
+        (all but what products multiply, packed where they are quantised, and attention) | full.
       ops: matmul, attend, norm.
 
     Returns:

@@ -30,6 +30,11 @@ class Attention(nnx.Module):
     self.norm_k = RmsNorm(width, cfg.eps)
     self.heads = cfg.heads
 
+  @property
+  def paths(self) -> tuple[str, ...]:
+    """Of the linear layers that share an input."""
+    return self.q.path, self.k.path, self.v.path
+
   def split(self, x: Array) -> Array:
     """`[B, S, E] -> [B, S, N, D]`."""
     return x.reshape(*x.shape[:2], self.heads, -1)
@@ -88,6 +93,7 @@ class Layer(nnx.Module):
       return wide.astype(x.dtype).reshape(x.shape)
 
     y = ops.norm(x.reshape(grouped), m[1], m[0], self.eps).reshape(x.shape)
+    y = ops.prepare(y, self.self_attn.paths)
     k, v = self.self_attn.keys_values(y, ops)
     out, cache = ops.attend(self.self_attn.queries(y, ops), k, v, cache, layer, plan)
     out = checkpoint_name(out, ATTENDED)

@@ -16,7 +16,7 @@ from jax.ad_checkpoint import checkpoint_name
 from longlive_jax.types import Array
 
 # names by which rematerialisation policies know what a layer computes
-PRODUCT, ATTENDED, PACKED = "product", "attended", "packed_input"
+PRODUCT, ATTENDED, INPUT, PACKED = "product", "attended", "input", "packed_input"
 
 
 class Matmul(Protocol):
@@ -25,6 +25,12 @@ class Matmul(Protocol):
   def __call__(
     self, x: Array, w: Array, bias: Array | None, *, path: str, key: Array | None
   ) -> Array: ...
+
+
+class Prepare(Protocol):
+  """`(x, paths of the linear layers that share it) -> x`, or what `matmul` takes in its place."""
+
+  def __call__(self, x: Array, paths: tuple[str, ...]) -> Any: ...
 
 
 class Dense(Protocol):
@@ -98,8 +104,14 @@ product.defvjp(_fprop, _dgrad_wgrad)
 def plain_matmul(x: Array, w: Array, bias: Array | None, *, path: str, key: Array | None) -> Array:
   """Matrix product in x's dtype with float32 accumulation; path and key are not used."""
   del path, key
-  y = product(x, w)
+  y = product(checkpoint_name(x, INPUT), w)
   return checkpoint_name((y if bias is None else y + bias).astype(x.dtype), PRODUCT)
+
+
+def plain_prepare(x: Array, paths: tuple[str, ...]) -> Array:
+  """x as it is."""
+  del paths
+  return x
 
 
 def dense_attention(q: Array, k: Array, v: Array, lengths: Array | None = None) -> Array:
@@ -172,6 +184,7 @@ class Ops:
 
   Attributes:
     matmul, attend, norm: the functions.
+    prepare: work on an input of several linear layers that is done once.
     key: of whatever they draw in this step, such as the noise of stochastic rounding; None = they
       draw nothing.
   """
@@ -179,6 +192,7 @@ class Ops:
   matmul: Matmul = plain_matmul
   attend: Attend = plain_attend
   norm: Norm = modulated_norm
+  prepare: Prepare = plain_prepare
   key: Array | None = None
 
   def with_key(self, key: Array | None) -> "Ops":

@@ -22,6 +22,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.ad_checkpoint import checkpoint_name
+from jax.tree_util import register_dataclass
 
 from longlive_jax.kernels.quantise import fake_quantise_rows, quantise_rows
 from longlive_jax.model.ops import PACKED, PRODUCT, contract
@@ -154,9 +155,30 @@ def weight_operand(w: Array | QTensor, spec: Spec | None) -> Operand:
   return from_packed(w) if isinstance(w, QTensor) else operand(w, spec, flip=True)
 
 
+@functools.partial(register_dataclass, data_fields=["x", "packed"], meta_fields=[])
+@dataclasses.dataclass(frozen=True)
+class Prepared:
+  """An input `[..., in]` of several products, and its rows as they are packed for all of them."""
+
+  x: Array
+  packed: QTensor
+
+
+def prepare(recipe: Recipe, x: Array) -> Array | Prepared:
+  """Quantises x once for several products; x itself where the recipe leaves it as it is."""
+  if recipe.x is None:
+    return x
+  packed = packed_input(x.reshape(-1, x.shape[-1]).astype(jnp.bfloat16), recipe)
+  return Prepared(x, jax.tree.map(lambda a: checkpoint_name(a, PACKED), packed))
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def quantised_product(
-  recipe: Recipe, x: Array, w: Array | QTensor, key: Array | None = None
+  recipe: Recipe,
+  x: Array,
+  w: Array | QTensor,
+  key: Array | None = None,
+  packed: QTensor | None = None,
 ) -> Array:
   """`x @ w` with quantised operands.
 
@@ -165,6 +187,7 @@ def quantised_product(
     x: `[T, in]`, taken as bfloat16.
     w: `[in, out]`; or a QTensor `[out, in]`, which is not trained and gets no gradient.
     key: for stochastic rounding of gradients.
+    packed: x, if it is quantised already; then x only gets a gradient.
 
   Returns:
     float32 `[T, out]`.
@@ -172,22 +195,26 @@ def quantised_product(
   Numerics: one amax for all of x: what else is in a batch moves results by the quantisation error.
   """
   del key
-  return product(input_operand(x, recipe), weight_operand(w, recipe.w))
+  left = input_operand(x, recipe) if packed is None else from_packed(packed)
+  return product(left, weight_operand(w, recipe.w))
 
 
 Saved = tuple[Array | QTensor | None, Array | QTensor, Array | None, jax.Array]
 
 
-def _fprop(recipe: Recipe, x: Array, w: Array | QTensor, key: Array | None) -> tuple[Array, Saved]:
-  packed: Array | QTensor = x.astype(jnp.bfloat16)
-  if recipe.x is not None:
-    packed = jax.tree.map(lambda a: checkpoint_name(a, PACKED), packed_input(x, recipe))
-  left = from_packed(packed) if isinstance(packed, QTensor) else Operand(packed, 1.0)
-  trained = None if isinstance(w, QTensor) else packed
+def _fprop(
+  recipe: Recipe, x: Array, w: Array | QTensor, key: Array | None, packed: QTensor | None
+) -> tuple[Array, Saved]:
+  if packed is None:
+    ready = prepare(recipe, x)
+    packed = ready.packed if isinstance(ready, Prepared) else None
+  kept = x.astype(jnp.bfloat16) if packed is None else packed
+  left = from_packed(kept) if isinstance(kept, QTensor) else Operand(kept, 1.0)
+  trained = None if isinstance(w, QTensor) else kept
   return product(left, weight_operand(w, recipe.w)), (trained, w, key, jnp.zeros((), x.dtype))
 
 
-def _dgrad_wgrad(recipe: Recipe, saved: Saved, g: Array) -> tuple[Array, Array | None, None]:
+def _dgrad_wgrad(recipe: Recipe, saved: Saved, g: Array) -> tuple[Array, Array | None, None, None]:
   packed, w, key, like = saved
   if recipe.needs_key and key is None:
     raise ValueError("quant.gradient_rounding=stochastic needs a key in the training step")
@@ -197,11 +224,11 @@ def _dgrad_wgrad(recipe: Recipe, saved: Saved, g: Array) -> tuple[Array, Array |
   right = Operand(scale_free(w).T, unit_of(w)) if frozen else operand(w, recipe.w)
   dx = product(operand(g, recipe.g, keys[0]), right).astype(like.dtype)
   if packed is None or frozen:
-    return dx, None, None
+    return dx, None, None, None
   x = dequantise(packed, jnp.bfloat16) if isinstance(packed, QTensor) else packed
   left = operand(x, recipe.x_wgrad, flip=True)
   dw = product(left, operand(g, recipe.g_wgrad, keys[1], flip=True))
-  return dx, dw.astype(w.dtype), None
+  return dx, dw.astype(w.dtype), None, None
 
 
 quantised_product.defvjp(_fprop, _dgrad_wgrad)
@@ -213,10 +240,14 @@ def quantise_weight(w: Array, spec: Spec) -> QTensor:
 
 
 def quantised_matmul(
-  recipe: Recipe, x: Array, w: Array | QTensor, bias: Array | None, key: Array | None
+  recipe: Recipe,
+  x: Array | Prepared,
+  w: Array | QTensor,
+  bias: Array | None,
+  key: Array | None,
 ) -> Array:
   """`x [..., in] @ w + bias` in x's dtype; the sum is float32 until then."""
-  rows = x.reshape(-1, x.shape[-1])
-  y = quantised_product(recipe, rows, w, key)
+  x, packed = (x.x, x.packed) if isinstance(x, Prepared) else (x, None)
+  y = quantised_product(recipe, x.reshape(-1, x.shape[-1]), w, key, packed)
   y = y if bias is None else y + bias
   return checkpoint_name(y.astype(x.dtype), PRODUCT).reshape(*x.shape[:-1], -1)

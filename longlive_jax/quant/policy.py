@@ -20,7 +20,14 @@ from longlive_jax.kernels.matmul_choice import use_kernels
 from longlive_jax.model.ops import Matmul, Ops
 from longlive_jax.quant import fp8
 from longlive_jax.quant.fp8 import Rows, fp8_matmul
-from longlive_jax.quant.matmul import Recipe, nvfp4_recipe, quantise_weight, quantised_matmul
+from longlive_jax.quant.matmul import (
+  Prepared,
+  Recipe,
+  nvfp4_recipe,
+  prepare,
+  quantise_weight,
+  quantised_matmul,
+)
 from longlive_jax.quant.nvfp4 import Spec
 from longlive_jax.quant.qtensor import QTensor
 from longlive_jax.types import Array, PyTree
@@ -83,24 +90,31 @@ def quantised_ops(ops: Ops, quant: Quant, params: PyTree) -> Ops:
   if quant.linears == "none":
     return ops
   chosen = selected(linear_paths(params), quant.layers)
-  return dataclasses.replace(ops, matmul=matmul_of(product_of(quant), chosen, ops.matmul))
+  if quant.linears == "fp8":
+    return dataclasses.replace(ops, matmul=matmul_of(fp8_product, chosen, ops.matmul))
+  recipe = recipe_of(quant)
+
+  def shared(x: Array, paths: tuple[str, ...]) -> Array | Prepared:
+    return prepare(recipe, x) if chosen.issuperset(paths) else x
+
+  product = functools.partial(quantised_matmul, recipe)
+  return dataclasses.replace(ops, matmul=matmul_of(product, chosen, ops.matmul), prepare=shared)
 
 
 Weight = Array | QTensor | Rows
-Product = Callable[[Array, Any, Array | None, Array | None], Array]
+Product = Callable[[Any, Any, Array | None, Array | None], Array]
 
 
-def product_of(quant: Quant) -> Product:
-  """The product `(x, w, bias, key) -> y` of a configuration."""
-  if quant.linears == "fp8":
-    return lambda x, w, bias, key: fp8_matmul(x, w, bias)
-  return functools.partial(quantised_matmul, recipe_of(quant))
+def fp8_product(x: Array, w: Array | Rows, bias: Array | None, key: Array | None) -> Array:
+  """`fp8_matmul`, which draws nothing."""
+  del key
+  return fp8_matmul(x, w, bias)
 
 
 def matmul_of(product: Product, chosen: frozenset[str], otherwise: Matmul) -> Matmul:
   """The product that quantises the layers of the chosen paths."""
 
-  def matmul(x: Array, w: Weight, bias: Array | None, *, path: str, key: Array | None) -> Array:
+  def matmul(x: Any, w: Weight, bias: Array | None, *, path: str, key: Array | None) -> Array:
     if path in chosen or isinstance(w, QTensor | Rows):
       return product(x, w, bias, key)
     return otherwise(x, w, bias, path=path, key=key)

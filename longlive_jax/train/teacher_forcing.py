@@ -128,7 +128,7 @@ def objective(
     plan: teacher-forcing plan for F latents.
     table: training table of the schedule.
     ops: matmul, attend, norm.
-    remat: none | dots | full, see the network.
+    remat: none | dots | inputs | full, see the network.
 
   Returns:
     (loss scalar float32, clean estimate `[B, F, H, W, C]`).

@@ -11,7 +11,10 @@ import pytest
 from longlive_jax.model.ops import PACKED
 from longlive_jax.quant.matmul import (
   Recipe,
+  _dgrad_wgrad,
   nvfp4_recipe,
+  packed_input,
+  prepare,
   quantise_weight,
   quantised_matmul,
   quantised_product,
@@ -130,6 +133,28 @@ def test_packed_inputs_are_what_the_backward_pass_keeps():
   dense, packed = residual_bytes(Recipe()), residual_bytes(NEAREST)
   assert dense == 2 * X.size
   assert packed == X.size * 9 // 16
+
+
+def test_gradients_are_those_of_an_input_that_is_not_packed():
+  packed = packed_input(X.astype(jnp.bfloat16), NEAREST)
+  gradients = [
+    _dgrad_wgrad(NEAREST, (kept, W, None, jnp.zeros(())), G)
+    for kept in (packed, dequantise(packed, jnp.bfloat16))
+  ]
+  for ours, theirs in zip(*gradients, strict=True):
+    assert (ours is None) == (theirs is None)
+    assert ours is None or np.array_equal(ours, theirs)
+
+
+def test_an_input_that_is_prepared_once_serves_several_products():
+  def loss(x: Array, w: Array, once: bool) -> Array:
+    ready = prepare(NEAREST, x) if once else x
+    ys = [quantised_matmul(NEAREST, ready, each, None, None) for each in (w, 2 * w)]
+    return sum(jnp.sum(y.astype(jnp.float32) ** 2) for y in ys)
+
+  ours, theirs = (jax.grad(loss, (0, 1))(X, W, once) for once in (True, False))
+  for a, b in zip(ours, theirs, strict=True):
+    np.testing.assert_array_equal(a, b)
 
 
 def test_a_policy_saves_the_packed_inputs_by_name():
