@@ -7,6 +7,7 @@ Writes JSON, and a plot beside it. Scale rules and blocks are those of the confi
 the video itself is made without quantisation.
 """
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -31,7 +32,8 @@ LEVELS = flags.DEFINE_list("timesteps", ["250", "500", "750", "1000"], "noise le
 
 def report(experiment: Experiment, script: Script, timesteps: list[float]) -> list[dict]:
   """Rows of weights and of activations."""
-  experiment.sample.unroll_layers = "off"  # layers are named by their stacks
+  stacked = dataclasses.replace(experiment.sample, unroll_layers="off")  # as layers are named
+  experiment = dataclasses.replace(experiment, sample=stacked)
   quant, pipeline = experiment.quant, Pipeline.from_config(experiment)
   params, network = pipeline.models.params["dit"], pipeline.models.dit
   paths = sorted(selected(linear_paths(params), quant.layers))

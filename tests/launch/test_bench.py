@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from longlive_jax.build import cast_params
+from longlive_jax.config import Experiment
 from longlive_jax.config.load import load_config
 from longlive_jax.eval import bench_block
 from longlive_jax.eval.bench import Case, chain, measure
@@ -39,13 +40,23 @@ def test_every_part_has_a_record_of_how_fast_how_right_and_where(program, tmp_pa
 
 def test_a_block_is_timed_in_every_precision():
   experiment = load_config("configs/tiny.py", {**OVERRIDES, **BLOCK})
-  (case,) = bench_block.cases(experiment, REFERENCE, cast_params)
+
+  def unrolls(variant: Experiment) -> bool:
+    return variant.quant.linears == "none"
+
+  (case,) = bench_block.cases(experiment, REFERENCE, cast_params, unrolls)
   records = {record["implementation"]: record for record in measure(case, 2, 0.0)}
   assert set(records) == set(bench_block.VARIANTS)
   errors = {name: record["error"] for name, record in records.items()}
   assert errors["bfloat16"] == 0 and min(errors["nvfp4 linears"], errors["nvfp4 cache"]) > 1e-4
   assert max(errors.values()) < 0.5
   held = {name: record["argument_bytes"] for name, record in records.items()}
+  assert {name for name, record in records.items() if record["unrolled"]} == {
+    "bfloat16",
+    "nvfp4 cache",
+  }
+  ratio = records["nvfp4 cache"]["cache_bytes"] / records["bfloat16"]["cache_bytes"]
+  assert ratio == pytest.approx(9 / 64, rel=1e-2)  # of float32
   assert held["nvfp4 both"] < min(held["nvfp4 linears"], held["nvfp4 cache"]) < held["bfloat16"]
 
 
