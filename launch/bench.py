@@ -23,7 +23,9 @@ SUITE = flags.DEFINE_enum("suite", "quant", ["block", "quant"], "what to time")
 SIZES = flags.DEFINE_enum("sizes", "5b", sorted(CONFIGS), "of which model")
 ONLY = flags.DEFINE_string("only", "", "run only cases whose name has this in it")
 REPEATS = flags.DEFINE_integer("repeats", 30, "timed runs of each implementation", lower_bound=1)
-WARM = flags.DEFINE_float("warm_seconds", 20.0, "of runs before the timed ones", lower_bound=0.0)
+WARM = flags.DEFINE_float(
+  "warm_seconds", 20.0, "of runs before the timed ones", lower_bound=0.0, upper_bound=3600.0
+)
 OUT = flags.DEFINE_string("out", "outputs/bench.jsonl", "file to write")
 
 
@@ -50,6 +52,8 @@ def main(argv: list[str]) -> None:
   """Command line."""
   del argv
   check_writable(OUT.value)
+  if WARM.value != WARM.value:
+    raise ValueError(f"--warm_seconds={WARM.value} must be a number")
   records: list[Record] = []
   print(f"{'case':30} {'sizes':34} {'by':9} {'median us':>11} {'TFLOP/s':>9} {'GB/s':>9} error")
   for case in jobs():

@@ -61,7 +61,8 @@ def choose_ops(experiment: Experiment) -> Ops:
     )
   chosen = wanted if wanted != "auto" else "cudnn" if able else "jnp"
   logging.info("attention: %s", chosen)
-  return Ops(attend=attend_with(cudnn_attention if chosen == "cudnn" else dense_attention))
+  dense = cudnn_attention if chosen == "cudnn" else dense_attention
+  return Ops(attend=attend_with(dense), dense=dense)
 
 
 def unrolls(experiment: Experiment) -> bool:

@@ -17,5 +17,8 @@ ArrayLike = jax.Array | np.ndarray
 PyTree = Any
 Initializer = Callable[..., Array]
 
-# Axes of a mesh.
-DATA = "data"
+# Axes of a mesh: samples are split over the first two, their tokens over the third; parameters over
+# the last two.
+DATA, FSDP, SEQ = "data", "fsdp", "seq"
+SAMPLES = (DATA, FSDP)
+SHARDS = (FSDP, SEQ)

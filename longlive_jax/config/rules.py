@@ -56,6 +56,7 @@ def check(experiment: Experiment) -> None:
   check_quantised_cache(experiment)
   check_sample(experiment.sample, experiment.model.block_latents)
   check_training(experiment)
+  check_parallel(experiment)
 
 
 def check_type(name: str, kind: type, value: object) -> None:
@@ -257,3 +258,17 @@ def check_training(experiment: Experiment) -> None:
       f" data.blocks={data.blocks} must equal the window's {window} blocks and be less than"
       f" data.clip_blocks={data.clip_blocks}; or use data.far_share=0"
     )
+
+
+def check_parallel(experiment: Experiment) -> None:
+  """A clip can be shared by so many devices, and a batch by so many groups of them."""
+  seq, heads, blocks = experiment.parallel.seq, experiment.model.heads, experiment.data.blocks
+  if heads % seq or blocks % seq:
+    works = [n for n in range(1, heads + 1) if heads % n == 0 and blocks % n == 0]
+    raise ValueError(
+      f"parallel.seq={seq} must divide model.heads={heads} and data.blocks={blocks};"
+      f" use one of {', '.join(map(str, works))}"
+    )
+  check_divides("train.batch", experiment.train.batch, "parallel.fsdp", experiment.parallel.fsdp)
+  if experiment.train.stage == "vae" and seq > 1:
+    raise ValueError(f"parallel.seq={seq} splits the clips of train.stage=ar; use parallel.seq=1")

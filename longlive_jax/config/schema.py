@@ -183,6 +183,14 @@ class Train(Section):
 
 
 @dataclasses.dataclass(unsafe_hash=True)
+class Parallel(Section):
+  """The mesh of training; what is left of the devices splits the batch."""
+
+  fsdp: int = 1  # devices that share parameters, each with its own samples
+  seq: int = 1  # devices that share a clip: Balanced Sequence Parallelism
+
+
+@dataclasses.dataclass(unsafe_hash=True)
 class Io(Section):
   """Where things are read from and written to."""
 
@@ -204,6 +212,7 @@ class Experiment(Section):
   sample: Sample = dataclasses.field(default_factory=Sample)
   data: Data = dataclasses.field(default_factory=Data)
   train: Train = dataclasses.field(default_factory=Train)
+  parallel: Parallel = dataclasses.field(default_factory=Parallel)
   io: Io = dataclasses.field(default_factory=Io)
 
   @property

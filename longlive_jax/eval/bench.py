@@ -89,8 +89,8 @@ def relative_error(found: Array, wanted: Array) -> float:
 
 
 def commit() -> str | None:
-  """The commit of the checkout that this file is in, if it is in one."""
-  command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD"]
+  """The commit of the checkout that this file is in, with "-dirty" where files were changed."""
+  command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
   try:
     return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
   except (OSError, subprocess.CalledProcessError):

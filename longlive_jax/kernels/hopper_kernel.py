@@ -7,12 +7,6 @@
 Each runs ahead of the next by the depth of a ring in shared memory. The grid is persistent: an SM
 walks over tiles of the result, and loader and decoders are already at the next tile while the
 multipliers store the last one.
-
-Decoding is one product for two elements after the masks of `hopper_layout`: the pattern
-`q * 2^-126` times `s * 2^118`. The result `q * s * 2^-8` is exact, and 2^8 goes into the unit. It
-reads 1/2 as a subnormal bfloat16, which NVIDIA GPUs honour. Where subnormals are flushed (the
-interpreter on a CPU) `subnormals=False` sets a higher exponent instead: then codes 0 and 1 of
-magnitude read as 1/2 and 3/4 of their unit, and `min(v, 2 v - 1)` makes them 0 and 1/2.
 """
 
 import functools
@@ -21,36 +15,13 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 from jax.experimental import pallas as pl
-from jax.experimental.mosaic import gpu as mgpu
 from jax.experimental.pallas import mosaic_gpu as plgpu
-from jax.extend.mlir import ir
-from jax.extend.mlir.dialects import vector
 
-from longlive_jax.kernels.hopper_layout import (
-  BLOCK,
-  BLOCKS,
-  MAGNITUDE_BITS,
-  SIGN_BIT,
-  TILE_K,
-  WORDS,
-  decoded,
-  halves,
-  in_both,
-)
+from longlive_jax.kernels.hopper_decode import decoded_tile, factor
+from longlive_jax.kernels.hopper_layout import BLOCKS, TILE_K, WORDS
 from longlive_jax.kernels.hopper_tuning import LOADER_REGISTERS, MMA_ROWS, SWIZZLE, TILE_N, Tuning
-
-
-def _row_a_thread(vector: int) -> Any:
-  tiling = plgpu.Tiling(((TILE_N, vector), (32, vector)))
-  return plgpu.Layout.TILED(tiling, warp_dims=(-4,), lane_dims=(-2,), vector_dim=-1)
-
-
-_HALVES, _WORDS = _row_a_thread(8), _row_a_thread(4)  # 16 bytes a vector
-_SUBNORMAL_SCALE, _SUBNORMAL_UNIT = 2.0**118, 2.0**8
-_NORMAL_PATTERN, _QUARTER, _NORMAL_UNIT = 0x3E00, 0.25, 4.0  # 2^-3; below it is q / 4
 
 
 class _Part(NamedTuple):
@@ -163,34 +134,6 @@ def _load(t: Tuning, r: _Rings, x: Any, words: Any, scales: Any, walk: Callable)
       plgpu.barrier_wait(free.at[lax.rem(i, stages)])
 
 
-@plgpu.inline_mgpu(
-  arg_types=(_WORDS,),
-  return_type=plgpu.ShapeDtypeStruct((TILE_N, BLOCK), jnp.bfloat16, layout=_HALVES),
-)
-def _as_bfloat16(ctx: Any, words: Any) -> Any:
-  """int32 `[128, 8]` as bfloat16 `[128, 16]` in the same registers; Pallas has no word for it."""
-  del ctx
-  pairs = ir.VectorType.get((8,), ir.BF16Type.get())
-  registers = [vector.bitcast(pairs, each) for each in words.registers.flat]
-  registers = np.asarray(registers, object).reshape(words.registers.shape)
-  return mgpu.FragmentedArray(_registers=registers, _layout=_HALVES.to_mgpu(), _is_signed=None)
-
-
-def _bfloat16(patterns: jax.Array, scales: jax.Array, subnormals: bool) -> jax.Array:
-  """`q s`, times 2^-8 or 1/4, of the patterns of a block, `[N, 8]`, and its scales `[N]`."""
-  scales = scales.astype(jnp.float16).astype(jnp.float32)
-  if subnormals:
-    q = _as_bfloat16(patterns)
-    scales = scales * jnp.float32(_SUBNORMAL_SCALE)
-  else:
-    normal = (patterns & in_both(MAGNITUDE_BITS)) | in_both(_NORMAL_PATTERN)
-    v = halves(normal, jnp.bfloat16)  # 0 and 1/2 appear as 1/2 and 3/4
-    q = lax.min(v, v + v - jnp.bfloat16(_QUARTER))
-    signs = halves(patterns & in_both(SIGN_BIT), jnp.int16)
-    q = lax.bitcast_convert_type(lax.bitcast_convert_type(q, jnp.int16) | signs, jnp.bfloat16)
-  return q * lax.broadcast_in_dim(scales.astype(jnp.bfloat16), q.shape, (0,))
-
-
 def _decode(t: Tuning, r: _Rings, walk: Callable, me: jax.Array) -> None:
   """A decoder: every `decoders`-th step, from the packed rings to that of bfloat16 weights."""
   _take_registers(t, t.decoder_registers)
@@ -203,7 +146,7 @@ def _decode(t: Tuning, r: _Rings, walk: Callable, me: jax.Array) -> None:
       at = part.done + skip + i * t.decoders
       packed, slot = lax.rem(at, t.packed_stages), lax.rem(at, t.w_stages)
       plgpu.barrier_wait(r.packed_full.at[packed])
-      tile = _decoded_tile(t, r, packed)
+      tile = decoded_tile(r.words.at[packed], r.scales.at[packed], t.subnormals)
       _wait_if(at >= t.w_stages, r.w_free.at[slot])
       r.w[slot] = tile
       plgpu.commit_smem()  # of the words read as well: TMA overwrites them
@@ -217,23 +160,12 @@ def _decode(t: Tuning, r: _Rings, walk: Callable, me: jax.Array) -> None:
     _wait_if(lax.rem(i, t.decoders) == me, r.w_free.at[lax.rem(i, t.w_stages)])
 
 
-def _decoded_tile(t: Tuning, r: _Rings, packed: jax.Array) -> jax.Array:
-  """A tile of the weight as bfloat16 `[128, 64]`, in registers."""
-  words = plgpu.load(r.words.at[packed], layout=_WORDS)
-  blocks = []
-  for block in range(BLOCKS):
-    scale = r.scales.at[packed, block]
-    scale = plgpu.load(scale, layout=_HALVES.reduce(1), optimized=False)
-    blocks.append(_bfloat16(decoded(words, block), scale, t.subnormals))
-  return lax.concatenate(blocks, 1)
-
-
 def _multiply(t: Tuning, r: _Rings, unit: Any, out: Any, walk: Callable, me: jax.Array) -> None:
   """A multiplier: its part of each tile, and the store of it."""
   _take_registers(t, t.multiplier_registers)
   rows = t.tile_m // t.multipliers
   row = me * rows
-  factor = unit[0] * jnp.float32(_SUBNORMAL_UNIT if t.subnormals else _NORMAL_UNIT)
+  times = unit[0] * jnp.float32(factor(t.subnormals))
 
   def free(at: jax.Array) -> None:
     plgpu.barrier_arrive(r.x_free.at[lax.rem(at, t.x_stages)])
@@ -268,7 +200,7 @@ def _multiply(t: Tuning, r: _Rings, unit: Any, out: Any, walk: Callable, me: jax
 
       plgpu.wgmma_wait(0)
       free(part.done + part.count - 1)
-      store(part, (acc[...] * factor).astype(out.dtype))
+      store(part, (acc[...] * times).astype(out.dtype))
 
     pl.run_scoped(product, plgpu.ACC((rows, TILE_N), jnp.float32))
 

@@ -38,7 +38,7 @@ class Tuning:
     band: tiles of the weight that are finished for all rows of x before the next.
     multiprocessors: of the GPU.
     decoder_registers, multiplier_registers: of a thread.
-    subnormals: the GPU's decoding; False for the interpreter, see `hopper_kernel`.
+    subnormals: the GPU's decoding; False for the interpreter, see `hopper_decode`.
   """
 
   tile_m: int = 256

@@ -1,8 +1,9 @@
 """Attention plans: which keys a query sees, as a few dense calls without any mask.
 
 Teacher forcing runs one dense call per block: the context queries of block i see context blocks
-0..i, its target queries see context blocks 0..i-1 and target block i. Both have as many keys, so
-they are stacked as pairs on the batch (a batch that is split over devices stays where it is). In
+0..i, its target queries see context blocks 0..i-1 and target block i. Both have as many keys, and
+both halves are pairs of rows all through the network: wherever a clip's tokens are split over
+devices, a device holds context and target of the same blocks (the balanced layout). In
 cached sampling every query of a block sees all filled slots.
 
 Source: spec/models.md section 3, spec/jax.md sections 4.2 and 4.3.
@@ -78,11 +79,11 @@ class BlockCausal:
 @functools.partial(register_dataclass, data_fields=["rope"], meta_fields=["borders"])
 @dataclasses.dataclass(frozen=True)
 class TeacherForcing:
-  """Tokens are [context | target] of the same clip, both at the same positions.
+  """Rows are (context, target) pairs of the same clip, `[2 B, S, N, D]`, at the same positions.
 
   Attributes:
-    rope: of one half, S tokens.
-    borders: token borders of the blocks of one half.
+    rope: of S tokens.
+    borders: token borders of the blocks.
   """
 
   rope: Rope
@@ -91,46 +92,47 @@ class TeacherForcing:
   def attend(
     self, dense: Dense, q: Array, k: Array, v: Array, cache: Any, layer: Array | int
   ) -> tuple[Array, Any]:
-    half = self.borders[-1]
-    q_context, q_target = rotate(q[:, :half], self.rope), rotate(q[:, half:], self.rope)
-    k_context, k_target = rotate(k[:, :half], self.rope), rotate(k[:, half:], self.rope)
-    v_context, v_target = v[:, :half], v[:, half:]
-    outs_context, outs_target = [], []
+    rope = self.rope
+    if rope.cos.shape[0] > 1:
+      rope = Rope(jnp.repeat(rope.cos, 2, 0), jnp.repeat(rope.sin, 2, 0))
+    q, k = rotate(q, rope), rotate(k, rope)
+    outs = []
     for start, end in zip(self.borders[:-1], self.borders[1:], strict=True):
-      own = slice(start, end)
 
-      def seen(context: Array, target: Array, start: int = start, own: slice = own) -> Array:
-        late = jnp.concatenate([context[:, :start], target[:, own]], 1)
-        return _pair(context[:, : own.stop], late)
+      def seen(pairs: Array, start: int = start, end: int = end) -> Array:
+        context, target = pairs[::2], pairs[1::2]
+        return pair(
+          context[:, :end], jnp.concatenate([context[:, :start], target[:, start:end]], 1)
+        )
 
-      both = _pair(q_context[:, own], q_target[:, own])
-      out = dense(both, seen(k_context, k_target), seen(v_context, v_target))
-      out = out.reshape(-1, 2, *out.shape[1:])
-      outs_context.append(out[:, 0])
-      outs_target.append(out[:, 1])
-    return jnp.concatenate(outs_context + outs_target, 1), cache
+      outs.append(dense(q[:, start:end], seen(k), seen(v)))
+    return jnp.concatenate(outs, 1), cache
 
 
-def _pair(a: Array, b: Array) -> Array:
+def pair(a: Array, b: Array) -> Array:
   """Two `[B, ...]` -> `[2 B, ...]`, sample-major."""
   return jnp.stack([a, b], 1).reshape(-1, *a.shape[1:])
 
 
-@functools.partial(register_dataclass, data_fields=[], meta_fields=["pieces"])
+@functools.partial(register_dataclass, data_fields=[], meta_fields=["pieces", "halves"])
 @dataclasses.dataclass(frozen=True)
 class Cross:
   """Attention to text: the tokens are cut into `pieces` runs, one prompt each.
 
-  q is `[B, S, N, D]`, k and v are `[B * pieces, L, N, D]`, sample-major. No text is masked.
+  q is `[B * halves, S, N, D]`, k and v are `[B * pieces, L, N, D]`, all sample-major: with two
+  halves context and target see the same prompts. No text is masked.
   """
 
   pieces: int = 1
+  halves: int = 1
 
   def attend(
     self, dense: Dense, q: Array, k: Array, v: Array, cache: Any, layer: Array | int
   ) -> tuple[Array, Any]:
-    runs = q.reshape(q.shape[0] * self.pieces, -1, *q.shape[2:])
-    return dense(runs, k, v).reshape(q.shape), cache
+    runs = q.reshape(-1, self.halves, self.pieces, q.shape[1] // self.pieces, *q.shape[2:])
+    runs = jnp.swapaxes(runs, 1, 2)  # [B, pieces, halves, S / pieces, N, D]
+    out = dense(runs.reshape(k.shape[0], -1, *q.shape[2:]), k, v)
+    return jnp.swapaxes(out.reshape(runs.shape), 1, 2).reshape(q.shape), cache
 
 
 @functools.partial(

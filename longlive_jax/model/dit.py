@@ -17,6 +17,7 @@ from flax import nnx
 from jax.tree_util import register_dataclass
 
 from longlive_jax.config import Model
+from longlive_jax.model.attention import Cross, pair
 from longlive_jax.model.dit_layer import Head, Layer
 from longlive_jax.model.layers import Linear, Mlp, gelu, patchify, sinusoid, unpatchify
 from longlive_jax.model.module import Network, declare, stack_layers
@@ -86,6 +87,8 @@ class DiT(nnx.Module):
     """
     x = prompts.astype(self.cfg.dtype)
     x = self.text_embed.down(gelu(self.text_embed.up(x, ops)), ops)
+    first = self.layers[0] if isinstance(self.layers, nnx.List) else self.layers
+    x = ops.prepare(x, first.cross_attn.paths)
     if isinstance(self.layers, nnx.List):
       pairs = [a.cross_attn.keys_values(x, ops.in_layer(i)) for i, a in enumerate(self.layers)]
       return TextKV(*(jnp.stack(each) for each in zip(*pairs, strict=True)))
@@ -120,9 +123,9 @@ class DiT(nnx.Module):
       text: keys and values of `pieces` prompts a sample.
       plan: self-attention plan; it carries the rotary tables.
       cache: cache for a cached plan.
-      context: teacher forcing: clean latents of the same shape, put before the latents.
+      context: teacher forcing: clean latents of the same shape; the plan sees pairs of rows.
       context_timesteps: `[B, F]`; default 0.
-      pieces: prompts a sample; each half of the tokens is cut into as many equal runs.
+      pieces: prompts a sample; the tokens are cut into as many equal runs.
       head: False stops after the layers (a pass that only fills the cache).
       remat: the backward pass recomputes: none | dots (all but products and attention) | inputs
         (all but what products multiply, packed where they are quantised, and attention) | full.
@@ -134,19 +137,17 @@ class DiT(nnx.Module):
     dtype, patch = self.cfg.dtype, self.cfg.patch
     embedding, conditions = self.embed_times(timesteps, ops)
     x = self.patch_embed(patchify(latents.astype(dtype), patch), ops)
-    tokens = x.shape[1]
     if context is not None:
       zeros = jnp.zeros_like(timesteps)
       times = zeros if context_timesteps is None else context_timesteps
-      conditions = jnp.concatenate([self.embed_times(times, ops)[1], conditions], 1)
-      x = jnp.concatenate([self.patch_embed(patchify(context.astype(dtype), patch), ops), x], 1)
-      text = jax.tree.map(lambda a: _twice(a, pieces), text) if pieces > 1 else text
-      pieces = 2 * pieces if pieces > 1 else 1
+      conditions = pair(self.embed_times(times, ops)[1], conditions)
+      x = pair(self.patch_embed(patchify(context.astype(dtype), patch), ops), x)
+    cross = Cross(pieces, 1 if context is None else 2)
     run = self._loop if isinstance(self.layers, nnx.List) else self._scan
-    x, cache = run(x, conditions, text, plan, cache, ops, pieces, remat)
+    x, cache = run(x, conditions, text, plan, cache, ops, cross, remat)
     if not head:
       return None, cache
-    out = self.head(x[:, -tokens:], embedding, ops)
+    out = self.head(x if context is None else x[1::2], embedding, ops)
     frames, height, width = latents.shape[1:4]
     return unpatchify(out, (frames, height, width), patch), cache
 
@@ -158,7 +159,7 @@ class DiT(nnx.Module):
     plan: Plan,
     cache: Any,
     ops: Ops,
-    pieces: int,
+    cross: Cross,
     remat: str,
   ) -> tuple[Array, Any]:
     graph, state = nnx.split(self.layers)
@@ -168,7 +169,7 @@ class DiT(nnx.Module):
       layer = nnx.merge(graph, params)
       x, cache = carry
       here = ops.in_layer(index)
-      return layer(x, conditions, (text_k, text_v), plan, cache, index, here, pieces), None
+      return layer(x, conditions, (text_k, text_v), plan, cache, index, here, cross), None
 
     if remat != "none":
       body = jax.checkpoint(body, prevent_cse=False, policy=REMAT[remat])
@@ -183,7 +184,7 @@ class DiT(nnx.Module):
     plan: Plan,
     cache: Any,
     ops: Ops,
-    pieces: int,
+    cross: Cross,
     remat: str,
   ) -> tuple[Array, Any]:
     if remat != "none":
@@ -193,19 +194,13 @@ class DiT(nnx.Module):
     @jax.jit  # so that one layer is traced, not all
     def one(state: Any, x: Array, texts: Any, cache: Any, key: Array | None) -> tuple[Array, Any]:
       layer, here = nnx.merge(graph, state), ops.with_key(key)
-      return layer(x, conditions, texts, plan, cache, 0, here, pieces)
+      return layer(x, conditions, texts, plan, cache, 0, here, cross)
 
     caches = [None] * len(self.layers) if cache is None else list(cache)
     for i, layer in enumerate(self.layers):
       state, texts = nnx.split(layer)[1], (text.k[i], text.v[i])
       x, caches[i] = one(state, x, texts, caches[i], ops.in_layer(i).key)
     return x, None if cache is None else tuple(caches)
-
-
-def _twice(a: Array, pieces: int) -> Array:
-  """`[layers, B * P, ...] -> [layers, B * 2P, ...]`: each half of the tokens has all prompts."""
-  grouped = a.reshape(a.shape[0], -1, pieces, *a.shape[2:])
-  return jnp.concatenate([grouped, grouped], 2).reshape(a.shape[0], -1, *a.shape[2:])
 
 
 def declare_dit(cfg: Model, unrolled: bool = False) -> Network:

@@ -32,18 +32,19 @@ class Attention(nnx.Module):
 
   @property
   def paths(self) -> tuple[str, ...]:
-    """Of the linear layers that share an input."""
-    return self.q.path, self.k.path, self.v.path
+    """Of the layers of keys and values, which always share an input."""
+    return self.k.path, self.v.path
 
   def split(self, x: Array) -> Array:
     """`[B, S, E] -> [B, S, N, D]`."""
     return x.reshape(*x.shape[:2], self.heads, -1)
 
-  def queries(self, x: Array, ops: Ops) -> Array:
-    return self.split(self.norm_q(self.q(x, ops)))
+  def queries(self, x: Array, ops: Ops, prepared: bool = False) -> Array:
+    return self.split(self.norm_q(self.q(x, ops, prepared)))
 
-  def keys_values(self, x: Array, ops: Ops) -> tuple[Array, Array]:
-    return self.split(self.norm_k(self.k(x, ops))), self.split(self.v(x, ops))
+  def keys_values(self, x: Any, ops: Ops) -> tuple[Array, Array]:
+    """Of an input that is prepared."""
+    return self.split(self.norm_k(self.k(x, ops, True))), self.split(self.v(x, ops, True))
 
 
 class Layer(nnx.Module):
@@ -67,19 +68,19 @@ class Layer(nnx.Module):
     cache: Any,
     layer: Array | int,
     ops: Ops,
-    pieces: int,
+    cross: Cross,
   ) -> tuple[Array, Any]:
     """Runs the layer.
 
     Args:
       x: tokens `[B, S, E]`.
       conditions: `[B, F, 6, E]` float32 from the timesteps; S is F runs of equal length.
-      text: keys and values `[B * pieces, L, N, D]`.
+      text: keys and values of the prompts, see `Cross`.
       plan: self-attention plan.
       cache: what the plan needs, or None.
       layer: index of this layer in the cache.
       ops: matmul, attend, norm.
-      pieces: prompts a sample.
+      cross: plan of the attention to text.
 
     Returns:
       (tokens, cache).
@@ -93,13 +94,13 @@ class Layer(nnx.Module):
       return wide.astype(x.dtype).reshape(x.shape)
 
     y = ops.norm(x.reshape(grouped), m[1], m[0], self.eps).reshape(x.shape)
-    y = ops.prepare(y, self.self_attn.paths)
+    y = ops.prepare(y, (self.self_attn.q.path, *self.self_attn.paths))
     k, v = self.self_attn.keys_values(y, ops)
-    out, cache = ops.attend(self.self_attn.queries(y, ops), k, v, cache, layer, plan)
+    out, cache = ops.attend(self.self_attn.queries(y, ops, True), k, v, cache, layer, plan)
     out = checkpoint_name(out, ATTENDED)
     x = add(x, self.self_attn.o(out.reshape(x.shape), ops), m[2])
     q = self.cross_attn.queries(self.cross_norm(x), ops)
-    out, _ = ops.attend(q, *text, None, layer, Cross(pieces))
+    out, _ = ops.attend(q, *text, None, layer, cross)
     out = checkpoint_name(out, ATTENDED)
     x = x + self.cross_attn.o(out.reshape(x.shape), ops)
     y = ops.norm(x.reshape(grouped), m[4], m[3], self.eps).reshape(x.shape)

@@ -27,7 +27,9 @@ class Linear(nnx.Module):
     self.bias = nnx.Param(jnp.zeros((size_out,), jnp.float32))
     self.path = path
 
-  def __call__(self, x: Array, ops: Ops) -> Array:
+  def __call__(self, x: Array, ops: Ops, prepared: bool = False) -> Array:
+    """`prepared`: x has been through `ops.prepare`, for all layers that share it."""
+    x = x if prepared else ops.prepare(x, (self.path,))
     kernel = self.kernel.get_value()  # an array, or a quantised one
     return ops.matmul(x, kernel, self.bias[...], path=self.path, key=ops.key_of(self.path))
 

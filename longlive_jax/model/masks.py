@@ -83,8 +83,8 @@ class Masked:
   """The reference plan: one masked call over the whole sequence.
 
   Attributes:
-    rope: of all tokens.
-    mask: bool `[S, S]`.
+    rope: of the tokens of a row.
+    mask: bool `[S, S]`; or `[2 S, 2 S]` where rows are (context, target) pairs.
   """
 
   rope: Rope
@@ -93,4 +93,9 @@ class Masked:
   def attend(
     self, dense: Dense, q: Array, k: Array, v: Array, cache: Any, layer: Array | int
   ) -> tuple[Array, Any]:
-    return masked_attention(rotate(q, self.rope), rotate(k, self.rope), v, self.mask), cache
+
+    def joined(a: Array) -> Array:
+      return a.reshape(-1, self.mask.shape[0], *a.shape[2:])
+
+    q, k = rotate(q, self.rope), rotate(k, self.rope)
+    return masked_attention(joined(q), joined(k), joined(v), self.mask).reshape(q.shape), cache

@@ -104,14 +104,14 @@ product.defvjp(_fprop, _dgrad_wgrad)
 def plain_matmul(x: Array, w: Array, bias: Array | None, *, path: str, key: Array | None) -> Array:
   """Matrix product in x's dtype with float32 accumulation; path and key are not used."""
   del path, key
-  y = product(checkpoint_name(x, INPUT), w)
+  y = product(x, w)
   return checkpoint_name((y if bias is None else y + bias).astype(x.dtype), PRODUCT)
 
 
 def plain_prepare(x: Array, paths: tuple[str, ...]) -> Array:
-  """x as it is."""
+  """x as it is, under its name."""
   del paths
-  return x
+  return checkpoint_name(x, INPUT)
 
 
 def dense_attention(q: Array, k: Array, v: Array, lengths: Array | None = None) -> Array:
@@ -184,7 +184,8 @@ class Ops:
 
   Attributes:
     matmul, attend, norm: the functions.
-    prepare: work on an input of several linear layers that is done once.
+    prepare: work on the input of linear layers that is done once for all that share it.
+    dense: attention without structure, which `attend` is made of.
     key: of whatever they draw in this step, such as the noise of stochastic rounding; None = they
       draw nothing.
   """
@@ -193,6 +194,7 @@ class Ops:
   attend: Attend = plain_attend
   norm: Norm = modulated_norm
   prepare: Prepare = plain_prepare
+  dense: Dense = dense_attention
   key: Array | None = None
 
   def with_key(self, key: Array | None) -> "Ops":

@@ -1,8 +1,8 @@
 """The mesh of a job, and where its arrays live on it.
 
-Arrays are placed, and the compiler splits the work accordingly (Auto axes): a batch split along
-"data" with parameters on every device makes each device compute its share of the samples, and
-sums gradients over all devices.
+Arrays are placed, and the compiler splits the work accordingly (Auto axes). Samples are split over
+"data" and "fsdp", the latents of a clip over "seq", parameters and all that has their shape over
+"fsdp" and "seq": gradients are summed over all of them.
 """
 
 import math
@@ -13,27 +13,41 @@ from absl import logging
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from longlive_jax.types import DATA, PyTree
+from longlive_jax.checks import check_divides
+from longlive_jax.types import DATA, FSDP, SAMPLES, SEQ, PyTree
 
 
-def data_mesh(batch: int, devices: Sequence[jax.Device] | None = None) -> Mesh:
-  """A mesh of one axis, "data", that divides a batch.
+def make_mesh(
+  batch: int, fsdp: int = 1, seq: int = 1, devices: Sequence[jax.Device] | None = None
+) -> Mesh:
+  """The mesh that divides a batch.
 
   Args:
-    batch: samples a step.
+    batch: samples a step, a multiple of `fsdp`.
+    fsdp: devices that share parameters, each with its own samples.
+    seq: devices that share a clip.
     devices: to choose from; default all of them.
 
   Returns:
-    Mesh of the largest number of devices that divides both `batch` and their count.
+    Mesh of the axes "data", "fsdp", "seq"; "data" is the largest that divides the batch and for
+    which there are devices.
+
+  Raises:
+    ValueError: fewer devices than fsdp * seq, or fsdp does not divide the batch.
   """
   devices = jax.devices() if devices is None else devices
-  count = math.gcd(batch, len(devices))
-  if count < len(devices):
-    logging.info(
-      "train.batch=%d uses %d of %d devices; a multiple of %d uses all",
-      *(batch, count, len(devices), len(devices)),
+  if fsdp * seq > len(devices):
+    raise ValueError(
+      f"parallel.fsdp={fsdp} * parallel.seq={seq} needs {fsdp * seq} devices; there are"
+      f" {len(devices)}"
     )
-  return jax.make_mesh((count,), (DATA,), (AxisType.Auto,), devices=devices[:count])
+  check_divides("train.batch", batch, "parallel.fsdp", fsdp)
+  data = math.gcd(batch // fsdp, len(devices) // (fsdp * seq))
+  count = data * fsdp * seq
+  if count < len(devices):
+    logging.info("train.batch=%d uses %d of %d devices", batch, count, len(devices))
+  axes = (AxisType.Auto,) * 3
+  return jax.make_mesh((data, fsdp, seq), (DATA, FSDP, SEQ), axes, devices=devices[:count])
 
 
 def replicate(tree: PyTree, mesh: Mesh) -> PyTree:
@@ -42,8 +56,8 @@ def replicate(tree: PyTree, mesh: Mesh) -> PyTree:
 
 
 def split_batch(tree: PyTree, mesh: Mesh) -> PyTree:
-  """Inside a jitted function: arrays split over "data" along their first axis.
+  """Inside a jitted function: arrays split between samples along their first axis.
 
   An axis that holds several rows a sample, sample-major, is split between samples.
   """
-  return jax.lax.with_sharding_constraint(tree, NamedSharding(mesh, P(DATA)))
+  return jax.lax.with_sharding_constraint(tree, NamedSharding(mesh, P(SAMPLES)))

@@ -25,7 +25,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.tree_util import register_dataclass
 
 from longlive_jax.kernels.quantise import fake_quantise_rows, quantise_rows
-from longlive_jax.model.ops import PACKED, PRODUCT, contract
+from longlive_jax.model.ops import INPUT, PACKED, PRODUCT, contract
 from longlive_jax.quant.formats import BLOCK
 from longlive_jax.quant.nvfp4 import Spec, dequantise, largest, quantise, scale_free, unit_of
 from longlive_jax.quant.qtensor import QTensor
@@ -164,12 +164,27 @@ class Prepared:
   packed: QTensor
 
 
+def named(packed: QTensor) -> QTensor:
+  """A packed input under the name that rematerialisation policies know.
+
+  The scales are named as bytes: what a policy saves is rounded to its own dtype as if that had
+  infinities, which makes them of the E4M3 numbers above 240.
+  """
+  codes, amax = (checkpoint_name(a, PACKED) for a in (packed.codes, packed.amax))
+  scales = checkpoint_name(jax.lax.bitcast_convert_type(packed.scales, jnp.uint8), PACKED)
+  scales = jax.lax.bitcast_convert_type(scales, packed.scales.dtype)
+  return dataclasses.replace(packed, codes=codes, scales=scales, amax=amax)
+
+
 def prepare(recipe: Recipe, x: Array) -> Array | Prepared:
-  """Quantises x once for several products; x itself where the recipe leaves it as it is."""
+  """Quantises x once for several products; x itself where the recipe leaves it as it is.
+
+  The gradient of x is that of the products, straight through.
+  """
   if recipe.x is None:
     return x
-  packed = packed_input(x.reshape(-1, x.shape[-1]).astype(jnp.bfloat16), recipe)
-  return Prepared(x, jax.tree.map(lambda a: checkpoint_name(a, PACKED), packed))
+  rows = jax.lax.stop_gradient(x).reshape(-1, x.shape[-1]).astype(jnp.bfloat16)
+  return Prepared(x, named(packed_input(rows, recipe)))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -208,7 +223,7 @@ def _fprop(
   if packed is None:
     ready = prepare(recipe, x)
     packed = ready.packed if isinstance(ready, Prepared) else None
-  kept = x.astype(jnp.bfloat16) if packed is None else packed
+  kept = checkpoint_name(x.astype(jnp.bfloat16), INPUT) if packed is None else packed
   left = from_packed(kept) if isinstance(kept, QTensor) else Operand(kept, 1.0)
   trained = None if isinstance(w, QTensor) else kept
   return product(left, weight_operand(w, recipe.w)), (trained, w, key, jnp.zeros((), x.dtype))

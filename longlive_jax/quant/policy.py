@@ -95,7 +95,7 @@ def quantised_ops(ops: Ops, quant: Quant, params: PyTree) -> Ops:
   recipe = recipe_of(quant)
 
   def shared(x: Array, paths: tuple[str, ...]) -> Array | Prepared:
-    return prepare(recipe, x) if chosen.issuperset(paths) else x
+    return prepare(recipe, x) if len(paths) > 1 and chosen.issuperset(paths) else x
 
   product = functools.partial(quantised_matmul, recipe)
   return dataclasses.replace(ops, matmul=matmul_of(product, chosen, ops.matmul), prepare=shared)

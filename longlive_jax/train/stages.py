@@ -1,9 +1,10 @@
 """The two stages of a training run: "vae", then "ar".
 
 Each returns trained parameters; the loop, the objective and the data are in their own modules.
-A batch is split over all devices, and every device holds all parameters.
+How a batch, its clips and the parameters are split over devices, `parallel` says.
 """
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from pathlib import Path
@@ -21,12 +22,14 @@ from longlive_jax.model.attention import TeacherForcing, block_borders
 from longlive_jax.model.flow import Table, training_table
 from longlive_jax.model.module import Network
 from longlive_jax.model.rope import expand, spatial_table, temporal_table
-from longlive_jax.parallel.mesh import data_mesh, replicate, split_batch
+from longlive_jax.parallel.mesh import make_mesh, replicate, split_batch
+from longlive_jax.parallel.rules import DIT_RULES, shardings_of
+from longlive_jax.parallel.ulysses import sequence_parallel
 from longlive_jax.sample.sampler import Models
 from longlive_jax.train import autoencoder, clips, teacher_forcing
 from longlive_jax.train.loop import run
 from longlive_jax.train.state import TrainState, apply_gradients, init_state, make_optimizer
-from longlive_jax.types import Array, PyTree
+from longlive_jax.types import SEQ, Array, PyTree
 
 ENCODED = 16  # clips encoded at a time
 STATISTICS_CLIPS = 256  # clips whose latents give the normalisation constants
@@ -47,7 +50,7 @@ def train_vae(
     Averaged parameters, with the statistics of their latents set.
   """
   cfg, video = experiment.train, experiment.video
-  optimizer, mesh = make_optimizer(cfg), data_mesh(cfg.batch)
+  optimizer, mesh = make_optimizer(cfg), make_mesh(cfg.batch)
   packed = replicate(clips.vae_clips(experiment, experiment.data.clips), mesh)
   frames = jnp.arange(4 * experiment.data.vae_latents - 3)
   draw = functools.partial(
@@ -87,7 +90,9 @@ def train_ar(experiment: Experiment, models: Models, workdir: str | Path) -> PyT
   Returns:
     Averaged parameters of the transformer.
   """
-  optimizer, mesh = make_optimizer(experiment.train), data_mesh(experiment.train.batch)
+  parallel = experiment.parallel
+  mesh = make_mesh(experiment.train.batch, parallel.fsdp, parallel.seq)
+  optimizer = make_optimizer(experiment.train)
   vae, f = models.vae, experiment.model.block_latents
   group = mesh.size * max(1, min(ENCODED, experiment.data.clips) // mesh.size)
   bank = clips.make_bank(
@@ -100,14 +105,15 @@ def train_ar(experiment: Experiment, models: Models, workdir: str | Path) -> PyT
   logging.info("bank of %d clips, latents %s", experiment.data.clips, bank.latents.shape)
   bank, text = replicate((bank, models.params["text"]), mesh)
   step = ar_step(experiment, models, optimizer, mesh)
-  state = replicate(init_state(models.params["dit"], optimizer), mesh)
+  state = init_state(models.params["dit"], optimizer)
+  state = jax.device_put(state, shardings_of(state, DIT_RULES, mesh))
   return run(experiment, workdir, state, lambda s: step(s, bank, text)).ema
 
 
 def ar_step(experiment: Experiment, models: Models, optimizer: Any, mesh: Mesh) -> Any:
   """The jitted update `(state, bank, parameters of the text encoder) -> (state, metrics)`.
 
-  The samples of a step are split over `mesh`; all else is on each of its devices.
+  Samples, latents of a clip and parameters are split over `mesh`; all else is on every device.
   """
   cfg, model = experiment.train, experiment.model
   table = training_table(model.shift, weighting=cfg.loss_weighting)
@@ -117,18 +123,25 @@ def ar_step(experiment: Experiment, models: Models, optimizer: Any, mesh: Mesh) 
   borders = block_borders(latents, model.block_latents, experiment.latent_tokens)
   draw = batch_of(experiment, models, table)
 
-  def loss(params: PyTree, batch: teacher_forcing.Batch, plan: TeacherForcing, key: Array) -> Array:
-    ops = models.ops.with_key(key)
-    return teacher_forcing.objective(models.dit, params, batch, plan, table, ops, cfg.remat)[0]
+  ops = models.ops
+  if mesh.shape[SEQ] > 1:
+    ops = dataclasses.replace(ops, attend=sequence_parallel(ops.dense, mesh))
+  abstract = jax.eval_shape(lambda p: init_state(p, optimizer), models.dit.abstract)
+  places = shardings_of(abstract, DIT_RULES, mesh)
 
-  @functools.partial(jax.jit, donate_argnums=0)
+  def loss(params: PyTree, batch: teacher_forcing.Batch, plan: TeacherForcing, key: Array) -> Array:
+    here = ops.with_key(key)
+    return teacher_forcing.objective(models.dit, params, batch, plan, table, here, cfg.remat)[0]
+
+  @functools.partial(jax.jit, donate_argnums=0, out_shardings=(places, None))
   def step(
     state: TrainState, bank: clips.Bank, text: PyTree
   ) -> tuple[TrainState, dict[str, Array]]:
     key = jax.random.fold_in(jax.random.key(cfg.seed), state.step)
     data, rounding = jax.random.split(key)
-    batch, turns = split_batch(draw(data, bank, text), mesh)
-    plan = TeacherForcing(expand(turns, space), borders)
+    batch, turns = draw(data, bank, text)
+    batch = teacher_forcing.split(batch, mesh)
+    plan = TeacherForcing(expand(split_batch(turns, mesh), space), borders)
     value, gradients = jax.value_and_grad(loss)(state.params, batch, plan, rounding)
     return apply_gradients(state, gradients, optimizer, cfg), {"loss": value}
 

@@ -12,13 +12,15 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
 from jax.tree_util import register_dataclass
 
 from longlive_jax.model import flow
 from longlive_jax.model.attention import TeacherForcing
 from longlive_jax.model.module import Network
 from longlive_jax.model.ops import REFERENCE, Ops
-from longlive_jax.types import Array, PyTree
+from longlive_jax.types import SAMPLES, SEQ, Array, PyTree
 
 
 @functools.partial(
@@ -53,6 +55,33 @@ class Batch:
   given: Array | None = None
   context_timesteps: Array | None = None
   mask: Array | None = None
+
+
+def split(batch: Batch, mesh: Mesh) -> Batch:
+  """Inside a jitted function: samples split over "data" and "fsdp", latents and prompts over "seq".
+
+  Blocks stay whole, so noise, levels and loss of a latent are where the latent is; the prompts of
+  the blocks are too, unless there is one for all.
+  """
+  latents = P(SAMPLES, SEQ)
+  prompts = P((*SAMPLES, SEQ)) if batch.pieces > 1 else P(SAMPLES)
+  specs = dict(
+    clean=latents,
+    noise=latents,
+    timesteps=latents,
+    prompts=prompts,
+    first=P(SAMPLES),
+    given=P(SAMPLES),
+    context_timesteps=latents,
+    mask=latents,
+  )
+  values = {name: getattr(batch, name) for name in specs}
+  placed = {
+    name: jax.lax.with_sharding_constraint(value, NamedSharding(mesh, specs[name]))
+    for name, value in values.items()
+    if value is not None
+  }
+  return dataclasses.replace(batch, **placed)
 
 
 def block_timesteps(

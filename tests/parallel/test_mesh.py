@@ -9,7 +9,7 @@ import pytest
 
 from longlive_jax.build import build_models
 from longlive_jax.config.load import load_config
-from longlive_jax.parallel.mesh import data_mesh, replicate, split_batch
+from longlive_jax.parallel.mesh import make_mesh, replicate, split_batch
 from longlive_jax.train import clips
 from longlive_jax.train.stages import ar_step
 from longlive_jax.train.state import init_state, make_optimizer
@@ -20,11 +20,11 @@ COLLECTIVES = "all-reduce|all-gather|all-to-all|collective-permute|reduce-scatte
 
 @pytest.mark.parametrize(("batch", "devices"), [(8, 8), (12, 4), (3, 1), (40, 8)])
 def test_as_many_devices_as_divide_the_batch(batch, devices):
-  assert data_mesh(batch).size == devices
+  assert make_mesh(batch).size == devices
 
 
 def test_a_batch_is_split_and_the_rest_is_on_every_device():
-  mesh = data_mesh(16)
+  mesh = make_mesh(16)
   kept = replicate(jnp.arange(3.0), mesh)
   split = jax.jit(lambda x: split_batch(x, mesh))(jnp.zeros((16, 5)))
   assert {shard.data.shape for shard in kept.addressable_shards} == {(3,)}
@@ -47,7 +47,7 @@ def made(root):
   bank = clips.make_bank(experiment, encode, None, models.tokenizer, group=4)
   found = {}
   for count in (1, 8):
-    mesh = data_mesh(8, jax.devices()[:count])
+    mesh = make_mesh(8, devices=jax.devices()[:count])
     params = jax.tree.map(jnp.array, models.params["dit"])
     given = replicate((init_state(params, optimizer), bank, models.params["text"]), mesh)
     compiled = ar_step(experiment, models, optimizer, mesh).lower(*given).compile()

@@ -11,7 +11,14 @@ from longlive_jax.config import Quant
 from longlive_jax.kernels import matmul_choice
 from longlive_jax.kernels.matmul_choice import use_kernels
 from longlive_jax.quant.kv import QuantisedKVCache, empty_quantised_cache
-from longlive_jax.quant.matmul import input_operand, kernel_takes, nvfp4_recipe, packed_input
+from longlive_jax.quant.matmul import (
+  input_operand,
+  kernel_takes,
+  nvfp4_recipe,
+  packed_input,
+  prepare,
+  quantised_matmul,
+)
 from longlive_jax.quant.nvfp4 import Spec
 from longlive_jax.quant.policy import recipe_of
 from longlive_jax.types import Array
@@ -41,6 +48,16 @@ def test_inputs_of_layers():
   np.testing.assert_array_equal(packed.codes, plain.codes)
   same_bits(packed.scales, plain.scales)
   assert (packed.shape, packed.rule, packed.blocks) == (plain.shape, plain.rule, plain.blocks)
+
+
+def test_a_shared_input_can_be_differentiated():
+  """Kernels have no derivative: the gradient goes around them. Traced only."""
+
+  def loss(x: Array, w: Array) -> Array:
+    return jnp.sum(quantised_matmul(RECIPE, prepare(RECIPE, x), w, None, None) ** 2)
+
+  shapes = [jax.ShapeDtypeStruct((64, 64), jnp.bfloat16)] * 2
+  assert [a.shape for a in jax.eval_shape(jax.grad(loss, (0, 1)), *shapes)] == [(64, 64)] * 2
 
 
 def exchange(cache: QuantisedKVCache) -> tuple[QuantisedKVCache, Array, Array]:

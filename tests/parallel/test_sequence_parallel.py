@@ -1,0 +1,118 @@
+"""Clips split over "seq": loss and gradients of one device, and two exchanges a layer."""
+
+import dataclasses
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import Mesh
+
+from longlive_jax.config import Model, Text, Vae
+from longlive_jax.model.attention import TeacherForcing, block_borders
+from longlive_jax.model.dit import declare_dit
+from longlive_jax.model.flow import training_table
+from longlive_jax.model.ops import REFERENCE
+from longlive_jax.model.rope import temporal_positions, video_rope
+from longlive_jax.parallel.mesh import make_mesh, split_batch
+from longlive_jax.parallel.rules import DIT_RULES, shardings_of
+from longlive_jax.parallel.ulysses import sequence_parallel
+from longlive_jax.train import teacher_forcing
+from longlive_jax.types import Array, PyTree
+
+BATCH, BLOCKS, SIZE = 2, 4, 4
+LATENTS = 2 * BLOCKS
+CFG = Model(
+  width=32,
+  ffn_width=64,
+  heads=4,
+  layers=2,
+  frequency_width=16,
+  block_latents=2,
+  dtype="float32",
+  text=Text(width=16, length=6),
+  vae=Vae(latent_channels=4),
+)
+NETWORK = declare_dit(CFG)
+TABLE = training_table(CFG.shift)
+BORDERS = block_borders(LATENTS, CFG.block_latents, (SIZE // 2) ** 2)
+# (fsdp, seq, whether with a mask); the rest of eight devices splits the samples
+MESHES = [(1, 1, True), (1, 2, True), (1, 4, True), (2, 4, True), (1, 2, False), (2, 4, False)]
+
+
+def normal(seed: int, *shape: int) -> Array:
+  return jax.random.normal(jax.random.key(seed), shape)
+
+
+@pytest.fixture(scope="module")
+def params() -> PyTree:
+  leaves, tree = jax.tree.flatten(NETWORK.init(0))
+  noisy = [a + 0.2 * normal(i, *a.shape) for i, a in enumerate(leaves)]
+  return jax.tree.unflatten(tree, noisy)
+
+
+def batch_of(masked: bool) -> teacher_forcing.Batch:
+  shape = (BATCH, LATENTS, SIZE, SIZE, 4)
+  clean = normal(1, *shape)
+  levels = teacher_forcing.block_timesteps(jax.random.key(2), BATCH, LATENTS, 2, TABLE)
+  batch = teacher_forcing.Batch(clean, normal(3, *shape), levels, normal(4, 8, 6, 16), BLOCKS)
+  if not masked:
+    return batch
+  mask = jnp.ones((BATCH, LATENTS)).at[1, 5:].set(0.0)
+  return dataclasses.replace(batch, first=clean[:, :1], mask=mask)
+
+
+def loss_and_gradients(params: PyTree, batch: teacher_forcing.Batch, mesh: Mesh | None):
+  """Loss, gradients, and the text of the executable."""
+  ops, rope = REFERENCE, temporal_positions(0, LATENTS, np.asarray([[0.0] * 8, [8.0] * 8]))
+  tables = video_rope(rope, SIZE // 2, SIZE // 2, CFG.head_dim)
+  if mesh is not None:
+    ops = dataclasses.replace(ops, attend=sequence_parallel(ops.dense, mesh))
+    params = jax.device_put(params, shardings_of(params, DIT_RULES, mesh))
+
+  @jax.jit
+  def run(params: PyTree, batch: teacher_forcing.Batch) -> tuple[Array, PyTree]:
+    turns = tables
+    if mesh is not None:
+      batch, turns = teacher_forcing.split(batch, mesh), split_batch(turns, mesh)
+    plan = TeacherForcing(turns, BORDERS)
+
+    def loss(params: PyTree) -> Array:
+      return teacher_forcing.objective(NETWORK, params, batch, plan, TABLE, ops)[0]
+
+    return jax.value_and_grad(loss)(params)
+
+  compiled = run.lower(params, batch).compile()
+  return *jax.device_get(compiled(params, batch)), compiled.as_text()
+
+
+@pytest.fixture(scope="module")
+def alone(params):
+  """Results of one device, with and without a mask."""
+  return {masked: loss_and_gradients(params, batch_of(masked), None) for masked in (False, True)}
+
+
+@pytest.mark.parametrize(("fsdp", "seq", "masked"), MESHES)
+def test_loss_and_gradients_are_those_of_one_device(params, alone, fsdp, seq, masked):
+  mesh = make_mesh(BATCH, fsdp, seq)
+  loss, gradients, _ = loss_and_gradients(params, batch_of(masked), mesh)
+  expected, wanted, _ = alone[masked]
+  np.testing.assert_allclose(loss, expected, rtol=1e-6)
+  for ours, theirs in zip(jax.tree.leaves(gradients), jax.tree.leaves(wanted), strict=True):
+    np.testing.assert_allclose(ours, theirs, atol=1e-6 * max(np.abs(theirs).max(), 1e-6))
+
+
+def test_forward_has_two_exchanges_a_layer_and_gathers_no_tokens(params):
+  mesh = make_mesh(BATCH, 1, 4)
+  ops = dataclasses.replace(REFERENCE, attend=sequence_parallel(REFERENCE.dense, mesh))
+  rope = video_rope(temporal_positions(0, LATENTS), SIZE // 2, SIZE // 2, CFG.head_dim)
+
+  @jax.jit
+  def forward(params: PyTree, batch: teacher_forcing.Batch) -> Array:
+    batch, plan = teacher_forcing.split(batch, mesh), TeacherForcing(rope, BORDERS)
+    return teacher_forcing.objective(NETWORK, params, batch, plan, TABLE, ops)[0]
+
+  text = forward.lower(params, batch_of(False)).compile().as_text()
+  assert len(re.findall(r" all-to-all\(", text)) == 2  # in the body of the scan over layers
+  assert "all-gather" not in text and "collective-permute" not in text
