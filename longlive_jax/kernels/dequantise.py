@@ -4,7 +4,7 @@ The layer and its slots are found by index, so that no slice of the packed cache
 CUDA block takes `steps` times 128 NVFP4 blocks of one slot, one for each thread and step.
 
 Memory alone bounds it: 0.5625 bytes read and 2 written an element. The keys of a window of 32
-latents at 5B sizes, 86.5 M elements, are 222 MB: 52 us at 4.3 TB/s; 83 were measured on an H200.
+latents at 5B sizes, 86.5 M elements, are 222 MB: 52 us at 4.3 TB/s; 81 were measured on an H200.
 
 Source: spec/nvfp4.md section 7, spec/jax.md section 3.
 """

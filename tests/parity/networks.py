@@ -11,6 +11,7 @@ from flax import nnx
 from longlive_jax.config import Model, Text, Vae
 from longlive_jax.convert.keys_dit import dit_rows
 from longlive_jax.convert.torch_import import import_params, leaf_at, to_ours
+from longlive_jax.model.attention import Cross, pair
 from longlive_jax.model.dit import DiT, TextKV, declare_dit
 from longlive_jax.model.layers import patchify
 from longlive_jax.model.module import Network
@@ -79,18 +80,19 @@ def layer_outputs(
   With `context` (labelled timestep 0) the tokens are [context | target].
   """
   ops = REFERENCE
-  embed = [(latents, timesteps)]
+  x = model.patch_embed(patchify(latents, model.cfg.patch), ops)
+  condition = model.embed_times(timesteps, ops)[1]
+  cross = Cross(pieces, 1 if context is None else 2)
   if context is not None:
-    embed = [(context, jnp.zeros_like(timesteps)), *embed]
-  tokens = [model.patch_embed(patchify(x, model.cfg.patch), ops) for x, _ in embed]
-  conditions = [model.embed_times(t, ops)[1] for _, t in embed]
-  x, condition = jnp.concatenate(tokens, 1), jnp.concatenate(conditions, 1)
-  first, outs = x, []
+    x = pair(model.patch_embed(patchify(context, model.cfg.patch), ops), x)
+    condition = pair(model.embed_times(jnp.zeros_like(timesteps), ops)[1], condition)
+  joined = (latents.shape[0], -1, x.shape[-1])
+  first, outs = x.reshape(joined), []
   graph, state = nnx.split(model.layers)
   for i in range(model.cfg.layers):
     layer = nnx.merge(graph, jax.tree.map(lambda a, i=i: a[i], state))
-    x, _ = layer(x, condition, (text.k[i], text.v[i]), plan, None, i, ops, pieces)
-    outs.append(x)
+    x, _ = layer(x, condition, (text.k[i], text.v[i]), plan, None, i, ops, cross)
+    outs.append(x.reshape(joined))
   return first, outs
 
 

@@ -32,6 +32,10 @@ class Recording:
   network: Network
   calls: list[tuple[np.ndarray, np.ndarray]]
 
+  @property
+  def abstract(self) -> PyTree:
+    return self.network.abstract
+
   def bind(self, params: PyTree) -> "Bound":
     return Bound(self.network.bind(params), self.calls)
 
