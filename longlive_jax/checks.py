@@ -18,6 +18,17 @@ def check_shape(name: str, shape: Sequence[int], expected: Sequence[int | None])
     raise ValueError(f"{name} has shape {tuple(shape)}; it must be ({wanted})")
 
 
+def check_dtypes(**arrays: tuple[object, object]) -> None:
+  """Raises ValueError unless each (array, dtype) agrees; names all of them."""
+  found = {
+    name: getattr(array, "dtype", type(array).__name__) for name, (array, _) in arrays.items()
+  }
+  wrong = [name for name, (_, dtype) in arrays.items() if found[name] != dtype]
+  if wrong:
+    listed = ", ".join(f"{name} {dtype}" for name, (_, dtype) in arrays.items())
+    raise ValueError(f"{', '.join(f'{n} is {found[n]}' for n in wrong)}; they must be {listed}")
+
+
 def check_divides(name: str, value: int, unit_name: str, unit: int) -> None:
   """Raises ValueError unless `unit` divides `value`, and names the nearest values that work."""
   if unit <= 0 or value <= 0 or value % unit:

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from longlive_jax.checks import check_at_least, check_shape
+from longlive_jax.checks import check_at_least, check_dtypes, check_shape
 from longlive_jax.kernels.quantise_blocks import BLOCK, number, spread
 from longlive_jax.types import Array
 
@@ -90,7 +90,7 @@ def _kernel(
 
 def fits(rows: int, columns: int) -> bool:
   """Whether the kernel can cut a slot `[rows, columns]` into whole steps."""
-  return columns % BLOCK == 0 and rows * columns % (BLOCK * THREADS) == 0
+  return rows > 0 and columns % BLOCK == 0 and rows * columns % (BLOCK * THREADS) == 0
 
 
 def dequantise_slots(
@@ -102,7 +102,7 @@ def dequantise_slots(
     codes: uint8 `[layers, B, K, R, D / 2]`, low nibble = even column.
     scales: float8_e4m3fn `[layers, B, K, R, D / 16]`.
     units: float32 `[layers, B, K]`, amax / C.
-    layer: int32 `[]`.
+    layer: int32 `[]`, 0 to layers - 1, which is not checked.
     level: 1 to K.
     tuning: how the work is cut.
 
@@ -114,6 +114,9 @@ def dequantise_slots(
 
   Sharding: a kernel call; inside `shard_map` each shard reads its own samples and heads.
   """
+  check_dtypes(codes=(codes, "uint8"), scales=(scales, "float8_e4m3fn"), units=(units, "float32"))
+  check_shape("codes", codes.shape, (None,) * 5)
+  check_shape("layer", jnp.shape(layer), ())
   layers, batch, slots, rows, half = codes.shape
   check_shape("scales", scales.shape, (layers, batch, slots, rows, half // BYTES))
   check_shape("units", units.shape, (layers, batch, slots))

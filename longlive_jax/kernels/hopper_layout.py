@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from longlive_jax.checks import check_divides, check_shape
+from longlive_jax.checks import check_at_least, check_divides, check_dtypes, check_shape
 from longlive_jax.types import Array
 
 BLOCK = 16  # columns that share a scale
@@ -44,6 +44,8 @@ def repack(codes: Array, scales: Array) -> tuple[Array, Array]:
   Raises:
     ValueError: K is no multiple of 64, or the shapes do not fit.
   """
+  check_dtypes(codes=(codes, "uint8"), scales=(scales, "float8_e4m3fn"))
+  check_at_least("axes of codes", codes.ndim, 2)
   *lead, rows, half = codes.shape
   check_divides("columns", 2 * half, "columns of a tile", TILE_K)
   check_shape("scales", scales.shape, (*lead, rows, 2 * half // BLOCK))

@@ -16,7 +16,13 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from longlive_jax.checks import check_at_least, check_divides, check_shape
+from longlive_jax.checks import (
+  check_at_least,
+  check_choice,
+  check_divides,
+  check_dtypes,
+  check_shape,
+)
 from longlive_jax.kernels.hopper_kernel import kernel_of
 from longlive_jax.kernels.hopper_layout import BLOCKS, TILE_K, WORDS, expand
 from longlive_jax.kernels.hopper_tuning import TILE_N, Tuning, cdiv, choose_tuning
@@ -53,16 +59,21 @@ def packed_matmul(
   Numerics: products are exact; the sum over K has the order of the tensor core, and one more
     addition for each split.
   """
-  tiles, n, _ = words.shape
-  m = x.shape[0]
+  check_dtypes(
+    x=(x, "bfloat16"),
+    words=(words, "int32"),
+    scales=(scales, "float8_e4m3fn"),
+    unit=(unit, "float32"),
+  )
   check_shape("words", words.shape, (None, None, WORDS))
+  tiles, n, _ = words.shape
   check_shape("scales", scales.shape, (tiles, BLOCKS, n))
   check_shape("x", x.shape, (None, tiles * TILE_K))
-  if (x.dtype, words.dtype, scales.dtype) != (jnp.bfloat16, jnp.int32, jnp.float8_e4m3fn):
-    raise ValueError(
-      f"x, words, scales are {x.dtype}, {words.dtype}, {scales.dtype};"
-      " they must be bfloat16, int32, float8_e4m3fn"
-    )
+  check_shape("unit", unit.shape, ())
+  check_choice("out_dtype", jnp.dtype(out_dtype).name, ["bfloat16", "float32"])
+  m = x.shape[0]
+  check_at_least("rows of x", m, 1)
+  check_at_least("K / 64", tiles, 1)
   check_divides("N", n, "rows of a tile of the weight", TILE_N)
   tuning = tuning or choose_tuning(m, n, tiles * TILE_K)
   check_at_least("K / 64", tiles, tuning.splits)

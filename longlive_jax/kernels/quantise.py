@@ -24,7 +24,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from longlive_jax.checks import check_at_least, check_divides, check_shape
+from longlive_jax.checks import check_at_least, check_divides, check_dtypes, check_shape
 from longlive_jax.kernels import quantise_blocks as blocks
 from longlive_jax.kernels.quantise_blocks import BLOCK, ScaleRule
 from longlive_jax.types import Array
@@ -126,8 +126,10 @@ def _run(
   x: Array, amax: Array, rule: ScaleRule, tuning: Tuning, columns: dict[str, tuple[int, jnp.dtype]]
 ) -> list[Array]:
   """One call of the kernel: outputs `[M, N / 16 * c]` for each (c, dtype) of `columns`."""
+  check_dtypes(amax=(amax, "float32"))
   check_shape("amax", amax.shape, ())
   listed, tuning = _as_blocks(x, tuning)
+  check_at_least("rows of x", x.shape[0], 1)
   total = listed.shape[0]
   run = plgpu.kernel(
     functools.partial(_kernel, rule=rule, tuning=tuning, pack="codes" in columns),

@@ -167,10 +167,20 @@ def test_wrong_arguments_are_refused():
   x, words, scales, unit = (jnp.zeros(s.shape, s.dtype) for s in shapes(8, 128, 128))
   with pytest.raises(ValueError, match="x has shape"):
     hopper_matmul.packed_matmul(x[:, :64], words, scales, unit)
-  with pytest.raises(ValueError, match="must be bfloat16, int32"):
+  with pytest.raises(ValueError, match="x is float32; they must be x bfloat16"):
     hopper_matmul.packed_matmul(x.astype(jnp.float32), words, scales, unit)
   with pytest.raises(ValueError, match="N=64 must be a positive multiple"):
     hopper_matmul.packed_matmul(x, words[:, :64], scales[..., :64], unit)
+  with pytest.raises(ValueError, match="words has shape"):
+    hopper_matmul.packed_matmul(x, words[0], scales, unit)
+  with pytest.raises(ValueError, match=r"unit has shape \(1,\)"):
+    hopper_matmul.packed_matmul(x, words, scales, unit[None])
+  with pytest.raises(ValueError, match="unit is float;"):
+    hopper_matmul.packed_matmul(x, words, scales, 1.0)
+  with pytest.raises(ValueError, match="out_dtype='float16' must be one of"):
+    hopper_matmul.packed_matmul(x, words, scales, unit, out_dtype=jnp.float16)
+  with pytest.raises(ValueError, match="codes is int32"):
+    hopper_layout.repack(words[0], scales[0])
   with pytest.raises(ValueError, match="columns=96 must be"):
     hopper_layout.repack(jnp.zeros((1, 48), jnp.uint8), jnp.zeros((1, 6), jnp.float8_e4m3fn))
 
