@@ -26,7 +26,17 @@ from longlive_jax.types import SAMPLES, SEQ, Array, PyTree
 @functools.partial(
   register_dataclass,
   data_fields=[
-    *("clean", "noise", "timesteps", "prompts", "first", "given", "context_timesteps", "mask")
+    *(
+      "clean",
+      "noise",
+      "timesteps",
+      "prompts",
+      "first",
+      "given",
+      "context_timesteps",
+      "mask",
+      "errors",
+    )
   ],
   meta_fields=["pieces"],
 )
@@ -44,6 +54,7 @@ class Batch:
     given: bool `[B]`, the samples to which `first` is given; None = all.
     context_timesteps: noise level of the context `[B, F]`; None = clean, labelled 0.
     mask: `[B, F]`, weight of each latent in the loss; None = all.
+    errors: recycled errors of noise, latents and context, `[B, F, H, W, C]` each or None.
   """
 
   clean: Array
@@ -55,6 +66,7 @@ class Batch:
   given: Array | None = None
   context_timesteps: Array | None = None
   mask: Array | None = None
+  errors: tuple[Array | None, Array | None, Array | None] = (None, None, None)
 
 
 def split(batch: Batch, mesh: Mesh) -> Batch:
@@ -74,12 +86,15 @@ def split(batch: Batch, mesh: Mesh) -> Batch:
     given=P(SAMPLES),
     context_timesteps=latents,
     mask=latents,
+    errors=latents,
   )
-  values = {name: getattr(batch, name) for name in specs}
+
+  def place(value: Array, spec: P) -> Array:
+    return jax.lax.with_sharding_constraint(value, NamedSharding(mesh, spec))
+
   placed = {
-    name: jax.lax.with_sharding_constraint(value, NamedSharding(mesh, specs[name]))
-    for name, value in values.items()
-    if value is not None
+    name: jax.tree.map(functools.partial(place, spec=spec), getattr(batch, name))
+    for name, spec in specs.items()
   }
   return dataclasses.replace(batch, **placed)
 
@@ -120,14 +135,22 @@ class Inputs(NamedTuple):
   weights: Array
 
 
+def plus(x: Array, error: Array | None) -> Array:
+  """x with an error, if there is one."""
+  return x if error is None else x + error
+
+
 def prepare(batch: Batch, table: flow.Table) -> Inputs:
   """Adds the noise; a given first latent stays clean in both halves, at timestep 0."""
   timesteps, context, times = batch.timesteps, batch.clean, batch.context_timesteps
   sigmas, weights = flow.sigma_at(table, timesteps), flow.weight_at(table, timesteps)
-  noisy = flow.add_noise(batch.clean, batch.noise, sigmas)
-  target = flow.velocity_target(batch.clean, batch.noise)
+  of_noise, of_latents, of_context = batch.errors
+  noise = plus(batch.noise, of_noise)
+  noisy = flow.add_noise(plus(batch.clean, of_latents), noise, sigmas)
+  target = flow.velocity_target(batch.clean, noise)
   if times is not None:
     context = flow.add_noise(batch.clean, batch.noise, flow.sigma_at(table, times))
+  context = plus(context, of_context)
   if batch.first is not None:
     given = given_latents(batch)
     wide = given[..., None, None, None]

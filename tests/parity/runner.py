@@ -16,7 +16,6 @@ FOLDER = Path(__file__).parent
 # sets of parts that this version does not have
 NOT_BUILT = {
   "train_dmd": "there is no distillation yet",
-  "error_buffer": "there is no error buffer yet",
 }
 HELPERS = ("__init__", "__main__", "networks", "nvfp4_linear", "records", "runner", "semantics")
 UNREADABLE = (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error)

@@ -1,0 +1,212 @@
+"""Error recycling: the model's own errors, kept by noise level and added to later training inputs.
+
+Sampling feeds a block what the model made of earlier ones; teacher forcing feeds it clean latents.
+A bank keeps errors of whole blocks on the host, in buckets of noise level. A step may add some to
+the noise, to the latents before they are noised, and to the context; the target keeps pointing at
+the latents without error.
+
+    noise' = noise + e_n        noisy = (1 - sigma) (x + e_x) + sigma noise'
+    target = noise' - x         context = x + e_c
+
+Every decision comes from one generator of random numbers, so a run that is restored with its banks
+and its generator goes on bit by bit, on any mesh.
+
+Source: spec/training.md sections 3.3 and 4.
+"""
+
+import dataclasses
+import random
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+
+from longlive_jax.checks import check_at_least, check_choice
+from longlive_jax.model.flow import TIMESTEPS
+
+REPLACEMENTS = ("random", "oldest")
+
+
+@dataclasses.dataclass(frozen=True)
+class Recycling:
+  """How errors are kept and used.
+
+  Attributes:
+    buckets: of noise levels.
+    bucket_size: errors a bucket keeps.
+    replacement: what a full bucket gives up: "random" or "oldest".
+    modulation: m; an error is multiplied by a number of [1 - m, 1 + m] when it is used.
+    context_share, latent_share, noise_share: of steps that add an error there.
+    clean_share: of steps that add none at all.
+    clean_update_share: of those, steps whose errors are kept.
+  """
+
+  buckets: int = 50
+  bucket_size: int = 500
+  replacement: str = "random"
+  modulation: float = 0.3
+  context_share: float = 0.9
+  latent_share: float = 0.9
+  noise_share: float = 0.01
+  clean_share: float = 0.2
+  clean_update_share: float = 0.1
+
+  def __post_init__(self) -> None:
+    check_at_least("buckets", self.buckets, 1)
+    check_at_least("bucket_size", self.bucket_size, 1)
+    check_choice("replacement", self.replacement, REPLACEMENTS)
+
+  def bucket_of(self, index: int) -> int:
+    """Bucket of an entry of the table of noise levels, 0 (noise alone) to 999."""
+    return min(max(int(index // (TIMESTEPS / self.buckets)), 0), self.buckets - 1)
+
+
+class ErrorBank:
+  """Errors of blocks, `[F_b, H, W, C]` each, by bucket.
+
+  Args:
+    cfg: sizes.
+    rng: draws which error is given, its modulation, and which one a full bucket gives up.
+
+  Attributes:
+    entries: bucket -> errors, the oldest first.
+    added: errors that were ever taken in.
+  """
+
+  def __init__(self, cfg: Recycling, rng: random.Random):
+    self.cfg, self.rng = cfg, rng
+    self.entries: dict[int, list[np.ndarray]] = {}
+    self.added = 0
+
+  def add(self, error: np.ndarray, index: int) -> None:
+    """Keeps an error made at an entry of the table of noise levels."""
+    kept = self.entries.setdefault(self.cfg.bucket_of(index), [])
+    if len(kept) < self.cfg.bucket_size:
+      kept.append(error)
+    elif self.cfg.replacement == "random":
+      kept[self.rng.randint(0, self.cfg.bucket_size - 1)] = error
+    else:
+      kept.append(error)
+      kept.pop(0)
+    self.added += 1
+
+  def sample(self, index: int) -> np.ndarray | None:
+    """An error of the bucket of an entry of the table; None if it is empty."""
+    return self._pick(self.entries.get(self.cfg.bucket_of(index), []))
+
+  def sample_any(self) -> np.ndarray | None:
+    """Any error; None if there is none."""
+    return self._pick([error for bucket in sorted(self.entries) for error in self.entries[bucket]])
+
+  def _pick(self, pool: list[np.ndarray]) -> np.ndarray | None:
+    if not pool:
+      return None
+    error = pool[self.rng.randint(0, len(pool) - 1)]
+    factor = self.rng.uniform(1.0 - self.cfg.modulation, 1.0 + self.cfg.modulation)
+    return (error * error.dtype.type(factor)).astype(error.dtype)
+
+  def state(self) -> dict[str, np.ndarray]:
+    """All errors, oldest first within a bucket, and their buckets; see `restore`."""
+    pairs = [(bucket, error) for bucket in sorted(self.entries) for error in self.entries[bucket]]
+    errors = np.stack([error for _, error in pairs]) if pairs else np.zeros((0,), np.float32)
+    buckets = np.asarray([bucket for bucket, _ in pairs], np.int32)
+    return {"errors": errors, "buckets": buckets, "added": np.asarray(self.added, np.int64)}
+
+  def restore(self, state: dict[str, np.ndarray]) -> None:
+    """Takes over what `state` gave."""
+    self.entries = {}
+    for bucket, error in zip(state["buckets"].tolist(), state["errors"], strict=True):
+      self.entries.setdefault(bucket, []).append(error)
+    self.added = int(state["added"])
+
+
+@dataclasses.dataclass(frozen=True)
+class Injection:
+  """Errors of a step, `[B, F, H, W, C]` each; None = nothing is added there.
+
+  Attributes:
+    noise, latents, context: what is added.
+    clean: whether the step was drawn to be without any.
+  """
+
+  noise: np.ndarray | None = None
+  latents: np.ndarray | None = None
+  context: np.ndarray | None = None
+  clean: bool = False
+
+  def arrays(self) -> tuple[np.ndarray | None, np.ndarray | None, np.ndarray | None]:
+    """What `Batch.errors` holds."""
+    return self.noise, self.latents, self.context
+
+
+class Recycler:
+  """The two banks of a run and the decisions of each step.
+
+  Args:
+    cfg: shares and sizes.
+    seed: of all decisions.
+    block_latents: latents of a block.
+  """
+
+  def __init__(self, cfg: Recycling, seed: int, block_latents: int):
+    self.cfg, self.block_latents = cfg, block_latents
+    self.rng = random.Random(seed)
+    self.latents, self.noise = ErrorBank(cfg, self.rng), ErrorBank(cfg, self.rng)
+
+  def draw(self, indices: np.ndarray, shape: tuple[int, ...]) -> Injection:
+    """Decides what a step adds.
+
+    Args:
+      indices: int `[B, F]`, entries of the table of noise levels, equal within a block.
+      shape: `[B, F, H, W, C]` of the latents.
+    """
+    cfg, first = self.cfg, indices[:, :: self.block_latents]
+    if self.rng.random() < cfg.clean_share:
+      return Injection(clean=True)
+
+    def chosen(bank: ErrorBank, share: float, any_level: bool = False) -> np.ndarray | None:
+      if not bank.added or not self.rng.random() < share:
+        return None
+      total = np.zeros(shape, np.float32)
+      for row, column in np.ndindex(first.shape):
+        error = bank.sample_any() if any_level else bank.sample(int(first[row, column]))
+        if error is not None:
+          total[row, self._span(column)] = error
+      return total
+
+    noise = chosen(self.noise, cfg.noise_share)
+    latents = chosen(self.latents, cfg.latent_share)
+    return Injection(noise, latents, chosen(self.latents, cfg.context_share, any_level=True))
+
+  def keep(
+    self, injection: Injection, indices: np.ndarray, latents: np.ndarray, noise: np.ndarray
+  ) -> None:
+    """Takes in the errors of a step, `[B, F, H, W, C]` of latents and of noise."""
+    if injection.clean and not self.rng.random() < self.cfg.clean_update_share:
+      return
+    for row, column in self._blocks(indices):
+      span, index = self._span(column), int(indices[row, column * self.block_latents])
+      self.latents.add(latents[row, span], index)
+      self.noise.add(noise[row, span], index)
+
+  def state(self) -> dict[str, Any]:
+    """Both banks and the generator, as arrays; see `restore`."""
+    version, numbers, spare = self.rng.getstate()
+    generator = np.asarray([version, *numbers], np.int64)
+    spare = np.asarray(np.nan if spare is None else spare)
+    banks = {"latents": self.latents.state(), "noise": self.noise.state()}
+    return banks | {"generator": generator, "spare": spare}
+
+  def restore(self, state: dict[str, Any]) -> None:
+    """Takes over what `state` gave."""
+    self.latents.restore(state["latents"])
+    self.noise.restore(state["noise"])
+    version, *numbers = state["generator"].tolist()
+    spare = float(state["spare"])
+    self.rng.setstate((version, tuple(numbers), None if np.isnan(spare) else spare))
+
+  def _span(self, block: int) -> slice:
+    return slice(block * self.block_latents, (block + 1) * self.block_latents)
+
+  def _blocks(self, indices: np.ndarray) -> Iterator[tuple[int, int]]:
+    yield from np.ndindex(indices.shape[0], indices.shape[1] // self.block_latents)
