@@ -166,6 +166,8 @@ def choose(key: Array, bank: Bank, batch: int, data: Data) -> tuple[Array, Array
   pick, far, late = jax.random.split(key, 3)
   clips, blocks = bank.visible.shape[:2]
   clip = jax.random.randint(pick, (batch,), 0, clips)
+  if data.far_share == 0.0:  # then a window of another length than a sample is no matter
+    return clip, jnp.tile(jnp.arange(data.blocks), (batch, 1))
   last = jax.random.randint(late, (batch,), data.blocks, blocks)
   is_far = jax.random.uniform(far, (batch, 1)) < data.far_share
   return clip, jnp.where(is_far, bank.visible[clip, last], jnp.arange(data.blocks))

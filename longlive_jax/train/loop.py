@@ -30,6 +30,8 @@ MAY_CHANGE = (
   "name",
   "model.attention",
   "model.vae.convolution",
+  "parallel.fsdp",
+  "parallel.seq",
   "quant.kernels",
   "sample.guidance",
   "sample.negative_prompt",
