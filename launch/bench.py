@@ -8,6 +8,7 @@ only where the device has the instructions they use; `--only` picks cases by a p
 """
 
 import json
+import math
 from collections.abc import Iterator
 
 from absl import flags
@@ -52,7 +53,7 @@ def main(argv: list[str]) -> None:
   """Command line."""
   del argv
   check_writable(OUT.value)
-  if WARM.value != WARM.value:
+  if math.isnan(WARM.value):
     raise ValueError(f"--warm_seconds={WARM.value} must be a number")
   records: list[Record] = []
   print(f"{'case':30} {'sizes':34} {'by':9} {'median us':>11} {'TFLOP/s':>9} {'GB/s':>9} error")

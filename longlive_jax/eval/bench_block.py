@@ -144,14 +144,14 @@ def cases(
     unrolls: whether a variant has separate layers, see `build.unrolls`.
   """
   params = random_params(experiment, cast)
-  caches = {each: caches_of(experiment, each) for each in (False, True)}
+  variants = {name: varied(experiment, *precisions) for name, precisions in VARIANTS.items()}
+  caches = {each: caches_of(experiment, each) for each in {*map(unrolls, variants.values())}}
   owned: dict[str, Any] = {}
   functions: dict[str, Callable[..., PyTree]] = {}
   more: dict[str, Record] = {}
-  for name, (linears, stored) in VARIANTS.items():
-    variant = varied(experiment, linears, stored)
+  for name, variant in variants.items():
     weights, unrolled = quantise_params(params, variant.quant), unrolls(variant)
-    cache = caches[unrolled][stored]
+    cache = caches[unrolled][variant.quant.cache]
     more[name] = {
       "layer_bytes": size(weights["layers"]),
       "cache_bytes": size(cache),

@@ -9,7 +9,7 @@ and magnitude 2, maximum 1, each candidate 8 (product, min, max, and, 2 FMA, add
 selection 1, code and sign 5, packing 2, and 90 for a block, so 5.6: about 33. At 128 instructions a
 clock, 132 units and 1.75 GHz 101 M elements are 113 us of issue. Memory: 2.5625 bytes an element,
 259 MB, 60 us at 4.3 TB/s. So issue bounds it, not memory. Measured: 148 us on
-an H200, and the same for 1 to 32 steps.
+an H200; on an H100 140 to 146 for 1 to 32 steps.
 
 Source: spec/nvfp4.md sections 1 and 2, spec/jax.md section 3.
 """
