@@ -95,6 +95,8 @@ def quantised_ops(ops: Ops, quant: Quant, params: PyTree) -> Ops:
   recipe = recipe_of(quant)
 
   def shared(x: Array, paths: tuple[str, ...]) -> Array | Prepared:
+    if chosen.isdisjoint(paths):
+      return ops.prepare(x, paths)
     return prepare(recipe, x) if len(paths) > 1 and chosen.issuperset(paths) else x
 
   product = functools.partial(quantised_matmul, recipe)
