@@ -9,6 +9,7 @@ import types
 import typing
 
 from longlive_jax.checks import check_at_least, check_choice, check_divides
+from longlive_jax.config.rules_train import check_data, check_parallel, check_training
 from longlive_jax.config.schema import Experiment, Model, Quant, Sample, Text, Vae
 from longlive_jax.config.walk import settings
 
@@ -16,9 +17,6 @@ DTYPES = ("float32", "bfloat16")
 CONVOLUTIONS = ("auto", "conv3d", "conv2d")
 ATTENTIONS = ("auto", "cudnn", "jnp")
 SOLVERS = ("unipc", "dpmpp", "euler")
-STAGES = ("vae", "ar")
-WEIGHTINGS = ("bell", "uniform")
-REMATS = ("none", "dots", "inputs", "full")
 PRECISIONS = ("none", "nvfp4", "fp8")
 CACHES = ("none", "nvfp4")
 SCALE_RULES = ("static_6", "static_4", "mse", "mae", "abs_max")
@@ -31,7 +29,15 @@ VAE_SPACE, VAE_TIME = 16, 4  # pixels a latent, frames a latent
 
 LIMIT = 1e30  # of any number: its products with others stay in float32
 # A whole number must be at least 1 and any other number at least 0, unless listed here.
-MAY_BE_ZERO = ("sample.sink_latents", "train.warmup_steps", "train.ema_start_step")
+MAY_BE_ZERO = (
+  "data.max_shot_blocks",
+  "io.evaluate_every_steps",
+  "parallel.halo_latents",
+  "sample.sink_latents",
+  "train.ema_start_step",
+  "train.recycling.start_step",
+  "train.warmup_steps",
+)
 MORE_THAN_ZERO = ("model.shift", "model.eps", "model.rope_theta", "sample.t_scale", "train.lr")
 BELOW_ONE = ("train.beta1", "train.beta2", "train.ema")
 SHARES = ("_share", "_fraction")  # endings of names of numbers in [0, 1]
@@ -56,6 +62,7 @@ def check(experiment: Experiment) -> None:
   check_quantised_cache(experiment)
   check_sample(experiment.sample, experiment.model.block_latents)
   check_training(experiment)
+  check_data(experiment)
   check_parallel(experiment)
 
 
@@ -234,41 +241,3 @@ def check_sample(sample: Sample, block: int) -> None:
       f" sample.pin_shots={sample.pin_shots}) and the own block ({block}):"
       f" use at least {least}, or a smaller sink"
     )
-
-
-def check_training(experiment: Experiment) -> None:
-  """The training loop and its data."""
-  train, data = experiment.train, experiment.data
-  check_choice("train.stage", train.stage, STAGES)
-  check_choice("train.loss_weighting", train.loss_weighting, WEIGHTINGS)
-  check_choice("train.remat", train.remat, REMATS)
-  if data.max_shots > data.clip_blocks:
-    raise ValueError(
-      f"data.max_shots={data.max_shots} must be at most data.clip_blocks={data.clip_blocks}:"
-      " a shot takes at least one block"
-    )
-  if data.blocks > data.clip_blocks:
-    raise ValueError(
-      f"data.blocks={data.blocks} must be at most data.clip_blocks={data.clip_blocks}"
-    )
-  window = experiment.sample.window_latents // experiment.model.block_latents
-  if data.far_share > 0 and not window == data.blocks < data.clip_blocks:
-    raise ValueError(
-      f"data.far_share={data.far_share} takes what a full window sees of a longer clip:"
-      f" data.blocks={data.blocks} must equal the window's {window} blocks and be less than"
-      f" data.clip_blocks={data.clip_blocks}; or use data.far_share=0"
-    )
-
-
-def check_parallel(experiment: Experiment) -> None:
-  """A clip can be shared by so many devices, and a batch by so many groups of them."""
-  seq, heads, blocks = experiment.parallel.seq, experiment.model.heads, experiment.data.blocks
-  if heads % seq or blocks % seq:
-    works = [n for n in range(1, heads + 1) if heads % n == 0 and blocks % n == 0]
-    raise ValueError(
-      f"parallel.seq={seq} must divide model.heads={heads} and data.blocks={blocks};"
-      f" use one of {', '.join(map(str, works))}"
-    )
-  check_divides("train.batch", experiment.train.batch, "parallel.fsdp", experiment.parallel.fsdp)
-  if experiment.train.stage == "vae" and seq > 1:
-    raise ValueError(f"parallel.seq={seq} splits the clips of train.stage=ar; use parallel.seq=1")

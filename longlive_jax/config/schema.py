@@ -146,15 +146,43 @@ class Sample(Section):
 
 @dataclasses.dataclass(unsafe_hash=True)
 class Data(Section):
-  """Training clips of the shapes world."""
+  """Training clips: of the shapes world, drawn as they are needed, or of files."""
 
+  source: str = "shapes"  # shapes | videos | latents, see docs/data.md
+  path: str = ""  # folder of the videos or latents
+  blocks: int = 4  # blocks of a training sample
+  seed: int = 1  # of the clips, of where samples start in them, and of their order
+  # shapes
   clips: int = 4096  # clips made ahead and kept as latents
   clip_blocks: int = 8  # length of those
-  blocks: int = 4  # blocks a training sample takes of a clip
   far_share: float = 0.0  # share of samples that see the blocks a late block of a rollout sees
   max_shots: int = 3
   vae_latents: int = 6  # length of the clips of stage "vae"
-  seed: int = 1
+  # videos
+  fit: str = "crop"  # crop | stretch: how a picture of another shape is made to fit
+  max_shot_blocks: int = 0  # longest shot; the rest of a file goes on as another one; 0 = no limit
+  pad: bool = False  # take clips that are too short; what is missing carries no loss
+  min_blocks: int = 1  # with pad: blocks a clip must have
+  # files
+  readers: int = 4  # threads that read samples ahead
+  ahead: int = 2  # batches read ahead
+
+
+@dataclasses.dataclass(unsafe_hash=True)
+class Recycling(Section):
+  """Error recycling: the model's own errors are kept, and added to later training inputs."""
+
+  enabled: bool = False
+  start_step: int = 0  # updates done before anything is added
+  buckets: int = 50  # of noise levels
+  bucket_size: int = 500  # errors a bucket keeps
+  replacement: str = "random"  # what a full bucket gives up: random | oldest
+  modulation: float = 0.3  # m: an error is multiplied by a number of [1 - m, 1 + m] when used
+  context_share: float = 0.9  # of steps that add an error to the context
+  latent_share: float = 0.9  # to the latents before they are noised
+  noise_share: float = 0.01  # to the noise
+  clean_share: float = 0.2  # of steps that add none at all
+  clean_update_share: float = 0.1  # of those, steps whose errors are kept
 
 
 @dataclasses.dataclass(unsafe_hash=True)
@@ -163,7 +191,8 @@ class Train(Section):
 
   stage: str = "ar"
   steps: int = 1000
-  batch: int = 8
+  batch: int = 8  # samples an update
+  accumulate: int = 1  # parts of a batch that are computed one after the other
   lr: float = 1e-4
   final_lr_fraction: float = 1.0  # of a cosine decay that ends at the last step
   warmup_steps: int = 100
@@ -175,11 +204,13 @@ class Train(Section):
   ema_start_step: int = 0
   prompt_dropout_share: float = 0.0  # of samples that see the negative prompt, for guidance
   first_latent_share: float = 0.0  # of samples whose first latent is given (image to video)
+  context_noise: float = 0.0  # highest timestep of noise on the context; 0 = clean
   loss_weighting: str = "bell"  # over noise levels: bell (0 at pure noise) | uniform
-  remat: str = "none"  # what the backward pass recomputes: none | dots | inputs | full
+  remat: str = "none"  # the backward pass recomputes: none | dots | inputs | attention | full
   kl_weight: float = 1e-4  # stage "vae"
   motion_weight: float = 0.0  # stage "vae": how much more moving pixels count
   seed: int = 0
+  recycling: Recycling = dataclasses.field(default_factory=Recycling)
 
 
 @dataclasses.dataclass(unsafe_hash=True)
@@ -187,7 +218,11 @@ class Parallel(Section):
   """The mesh of training; what is left of the devices splits the batch."""
 
   fsdp: int = 1  # devices that share parameters, each with its own samples
-  seq: int = 1  # devices that share a clip: Balanced Sequence Parallelism
+  seq: int = 1  # devices that share a clip
+  # balanced: each has context and target of the same blocks | plain: half of them have contexts
+  layout: str = "balanced"
+  chunk_vae: bool = True  # each of them encodes its own part of a clip; off = all encode all of it
+  halo_latents: int = 27  # encoded to the left of a part for its sake; 27 is exact
 
 
 @dataclasses.dataclass(unsafe_hash=True)
@@ -198,6 +233,8 @@ class Io(Section):
   checkpoint_every_steps: int = 500
   keep_checkpoints: int = 3
   log_every_steps: int = 50
+  evaluate_every_steps: int = 0  # updates between videos of the evaluation scripts; 0 = none
+  evaluate_scripts: str = ""  # a script file or a folder of them; empty = two of the training data
   compile_cache: str = ""  # folder of the persistent compilation cache; empty = off
 
 

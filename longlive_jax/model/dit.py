@@ -24,11 +24,25 @@ from longlive_jax.model.module import Network, declare, stack_layers
 from longlive_jax.model.ops import ATTENDED, INPUT, PACKED, PRODUCT, REFERENCE, Ops, Plan
 from longlive_jax.types import Array, PyTree
 
-# What a layer keeps for its backward pass.
-_only = jax.checkpoint_policies.save_only_these_names
+
+def _is_cudnn_attention(primitive: Any, *_: Any, **__: Any) -> bool:
+  """Results of cuDNN's forward, among them the sums that its backward needs."""
+  return primitive.name == "dot_product_attention_fwd_wrapper"
+
+
+def _only(*names: str) -> Any:
+  """Policy that keeps results by name, and those of cuDNN's attention."""
+  policies = jax.checkpoint_policies
+  named = policies.save_only_these_names(*names)
+  return policies.save_from_both_policies(named, _is_cudnn_attention)
+
+
+# What a layer keeps for its backward pass; all else is recomputed. With "inputs" it keeps what
+# products multiply, packed where they are quantised; with "none" it keeps all.
 REMAT = {
   "dots": _only(PRODUCT, ATTENDED, PACKED),
   "inputs": _only(INPUT, ATTENDED, PACKED),
+  "attention": _only(ATTENDED),
   "full": None,
 }
 
@@ -127,8 +141,7 @@ class DiT(nnx.Module):
       context_timesteps: `[B, F]`; default 0.
       pieces: prompts a sample; the tokens are cut into as many equal runs.
       head: False stops after the layers (a pass that only fills the cache).
-      remat: the backward pass recomputes: none | dots (all but products and attention) | inputs
-        (all but what products multiply, packed where they are quantised, and attention) | full.
+      remat: what the backward pass recomputes, see `REMAT`.
       ops: matmul, attend, norm.
 
     Returns:

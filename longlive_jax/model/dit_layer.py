@@ -8,12 +8,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.ad_checkpoint import checkpoint_name
 
 from longlive_jax.config import Model
 from longlive_jax.model.attention import Cross
 from longlive_jax.model.layers import AffineNorm, Linear, Mlp, RmsNorm, gelu, xavier
-from longlive_jax.model.ops import ATTENDED, Ops, Plan
+from longlive_jax.model.ops import Ops, Plan
 from longlive_jax.types import Array
 
 
@@ -97,11 +96,9 @@ class Layer(nnx.Module):
     y = ops.prepare(y, (self.self_attn.q.path, *self.self_attn.paths))
     k, v = self.self_attn.keys_values(y, ops)
     out, cache = ops.attend(self.self_attn.queries(y, ops, True), k, v, cache, layer, plan)
-    out = checkpoint_name(out, ATTENDED)
     x = add(x, self.self_attn.o(out.reshape(x.shape), ops), m[2])
     q = self.cross_attn.queries(self.cross_norm(x), ops)
     out, _ = ops.attend(q, *text, None, layer, cross)
-    out = checkpoint_name(out, ATTENDED)
     x = x + self.cross_attn.o(out.reshape(x.shape), ops)
     y = ops.norm(x.reshape(grouped), m[4], m[3], self.eps).reshape(x.shape)
     return add(x, self.ffn.down(gelu(self.ffn.up(y, ops)), ops), m[5]), cache

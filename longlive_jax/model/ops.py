@@ -132,9 +132,8 @@ def dense_attention(q: Array, k: Array, v: Array, lengths: Array | None = None) 
     seen = jnp.arange(k.shape[1]) < lengths[:, None]
     logits = jnp.where(seen[:, None, None], logits, -jnp.inf)
   weights = jax.nn.softmax(logits, -1).astype(v.dtype)
-  return jnp.einsum("bnqk,bknd->bqnd", weights, v, preferred_element_type=jnp.float32).astype(
-    q.dtype
-  )
+  out = jnp.einsum("bnqk,bknd->bqnd", weights, v, preferred_element_type=jnp.float32)
+  return checkpoint_name(out.astype(q.dtype), ATTENDED)
 
 
 def cudnn_attention(q: Array, k: Array, v: Array, lengths: Array | None = None) -> Array:

@@ -21,44 +21,13 @@ from typing import Any
 
 import numpy as np
 
-from longlive_jax.checks import check_at_least, check_choice
+from longlive_jax.config.schema import Recycling
 from longlive_jax.model.flow import TIMESTEPS
 
-REPLACEMENTS = ("random", "oldest")
 
-
-@dataclasses.dataclass(frozen=True)
-class Recycling:
-  """How errors are kept and used.
-
-  Attributes:
-    buckets: of noise levels.
-    bucket_size: errors a bucket keeps.
-    replacement: what a full bucket gives up: "random" or "oldest".
-    modulation: m; an error is multiplied by a number of [1 - m, 1 + m] when it is used.
-    context_share, latent_share, noise_share: of steps that add an error there.
-    clean_share: of steps that add none at all.
-    clean_update_share: of those, steps whose errors are kept.
-  """
-
-  buckets: int = 50
-  bucket_size: int = 500
-  replacement: str = "random"
-  modulation: float = 0.3
-  context_share: float = 0.9
-  latent_share: float = 0.9
-  noise_share: float = 0.01
-  clean_share: float = 0.2
-  clean_update_share: float = 0.1
-
-  def __post_init__(self) -> None:
-    check_at_least("buckets", self.buckets, 1)
-    check_at_least("bucket_size", self.bucket_size, 1)
-    check_choice("replacement", self.replacement, REPLACEMENTS)
-
-  def bucket_of(self, index: int) -> int:
-    """Bucket of an entry of the table of noise levels, 0 (noise alone) to 999."""
-    return min(max(int(index // (TIMESTEPS / self.buckets)), 0), self.buckets - 1)
+def bucket_of(cfg: Recycling, index: int) -> int:
+  """Bucket of an entry of the table of noise levels, 0 (noise alone) to 999."""
+  return min(max(int(index // (TIMESTEPS / cfg.buckets)), 0), cfg.buckets - 1)
 
 
 class ErrorBank:
@@ -80,7 +49,7 @@ class ErrorBank:
 
   def add(self, error: np.ndarray, index: int) -> None:
     """Keeps an error made at an entry of the table of noise levels."""
-    kept = self.entries.setdefault(self.cfg.bucket_of(index), [])
+    kept = self.entries.setdefault(bucket_of(self.cfg, index), [])
     if len(kept) < self.cfg.bucket_size:
       kept.append(error)
     elif self.cfg.replacement == "random":
@@ -92,7 +61,7 @@ class ErrorBank:
 
   def sample(self, index: int) -> np.ndarray | None:
     """An error of the bucket of an entry of the table; None if it is empty."""
-    return self._pick(self.entries.get(self.cfg.bucket_of(index), []))
+    return self._pick(self.entries.get(bucket_of(self.cfg, index), []))
 
   def sample_any(self) -> np.ndarray | None:
     """Any error; None if there is none."""

@@ -6,8 +6,9 @@ from collections.abc import Iterator, Mapping
 import jax.numpy as jnp
 import numpy as np
 
+from longlive_jax.config.schema import Recycling
 from longlive_jax.model import flow
-from longlive_jax.train.error_bank import ErrorBank, Recycler, Recycling
+from longlive_jax.train.error_bank import ErrorBank, Recycler, bucket_of
 from longlive_jax.train.teacher_forcing import Batch, prepare
 from tests.parity.records import Compared, Refused, compare
 
@@ -27,7 +28,7 @@ def check(archive: Mapping[str, np.ndarray], config: dict) -> Iterator[Compared 
     clean_share=rates["clean"],
     clean_update_share=rates["clean_buffer_update"],
   )
-  yield compare_exactly("bucket/t_bucket_0_999", [cfg.bucket_of(i) for i in range(1000)], archive)
+  yield compare_exactly("bucket/t_bucket_0_999", [bucket_of(cfg, i) for i in range(1000)], archive)
   for name in ("bucket/nearest_owned", "bucket/owned"):
     yield Refused(name, "every process holds all buckets, whatever the mesh")
   yield from check_sequence(archive, cfg, config["py_seed_seq"])

@@ -1,0 +1,96 @@
+"""Checks of the settings of a training run: the loop, its data and its mesh."""
+
+from longlive_jax.checks import check_choice, check_divides
+from longlive_jax.config.schema import Data, Experiment
+
+STAGES = ("vae", "ar")
+WEIGHTINGS = ("bell", "uniform")
+REMATS = ("none", "dots", "inputs", "attention", "full")
+REPLACEMENTS = ("random", "oldest")
+SOURCES = ("shapes", "videos", "latents")
+FITS = ("crop", "stretch")
+LAYOUTS = ("balanced", "plain")
+
+
+def check_training(experiment: Experiment) -> None:
+  """The training loop."""
+  train = experiment.train
+  check_choice("train.stage", train.stage, STAGES)
+  check_choice("train.loss_weighting", train.loss_weighting, WEIGHTINGS)
+  check_choice("train.remat", train.remat, REMATS)
+  check_choice("train.recycling.replacement", train.recycling.replacement, REPLACEMENTS)
+  check_divides("train.batch", train.batch, "train.accumulate", train.accumulate)
+  if train.context_noise > 1000:
+    raise ValueError(f"train.context_noise={train.context_noise} must be at most 1000 (a timestep)")
+  if train.stage == "vae" and train.accumulate > 1:
+    raise ValueError("train.accumulate is for train.stage=ar; use train.accumulate=1")
+
+
+def check_data(experiment: Experiment) -> None:
+  """The training clips."""
+  data, train = experiment.data, experiment.train
+  check_choice("data.source", data.source, SOURCES)
+  check_choice("data.fit", data.fit, FITS)
+  if data.source == "shapes":
+    check_shapes(experiment)
+    return
+  if not data.path:
+    raise ValueError(f"data.source={data.source} needs data.path, the folder of the {data.source}")
+  if train.stage == "vae":
+    raise ValueError(f"train.stage=vae takes data.source=shapes, not {data.source}")
+  if data.far_share > 0:
+    raise ValueError(f"data.far_share={data.far_share} is for data.source=shapes; use 0")
+  if data.min_blocks > data.blocks:
+    raise ValueError(f"data.min_blocks={data.min_blocks} must be at most data.blocks={data.blocks}")
+
+
+def check_shapes(experiment: Experiment) -> None:
+  """Clips of the shapes world."""
+  data: Data = experiment.data
+  if data.max_shots > data.clip_blocks:
+    raise ValueError(
+      f"data.max_shots={data.max_shots} must be at most data.clip_blocks={data.clip_blocks}:"
+      " a shot takes at least one block"
+    )
+  if data.blocks > data.clip_blocks:
+    raise ValueError(
+      f"data.blocks={data.blocks} must be at most data.clip_blocks={data.clip_blocks}"
+    )
+  window = experiment.sample.window_latents // experiment.model.block_latents
+  if data.far_share > 0 and not window == data.blocks < data.clip_blocks:
+    raise ValueError(
+      f"data.far_share={data.far_share} takes what a full window sees of a longer clip:"
+      f" data.blocks={data.blocks} must equal the window's {window} blocks and be less than"
+      f" data.clip_blocks={data.clip_blocks}; or use data.far_share=0"
+    )
+
+
+def check_parallel(experiment: Experiment) -> None:
+  """A clip can be shared by so many devices, and a batch by so many groups of them."""
+  parallel, train = experiment.parallel, experiment.train
+  check_choice("parallel.layout", parallel.layout, LAYOUTS)
+  seq, works = parallel.seq, legal_seq(experiment)
+  if seq not in works:
+    raise ValueError(
+      f"parallel.seq={seq} must divide model.heads={experiment.model.heads} and"
+      f" data.blocks={experiment.data.blocks}"
+      + (", and be even with parallel.layout=plain" if parallel.layout == "plain" else "")
+      + f"; use one of {', '.join(map(str, works))}"
+    )
+  part = train.batch // train.accumulate
+  check_divides("train.batch / train.accumulate", part, "parallel.fsdp", parallel.fsdp)
+  if train.stage == "vae" and seq > 1:
+    raise ValueError(f"parallel.seq={seq} splits the clips of train.stage=ar; use parallel.seq=1")
+
+
+def legal_seq(experiment: Experiment) -> list[int]:
+  """Values of `parallel.seq` that divide heads and blocks."""
+  heads, blocks = experiment.model.heads, experiment.data.blocks
+  plain = experiment.parallel.layout == "plain"
+
+  def fits(seq: int) -> bool:
+    if not plain or seq == 1:
+      return heads % seq == 0 and blocks % seq == 0
+    return seq % 2 == 0 and heads % seq == 0 and blocks % (seq // 2) == 0
+
+  return [seq for seq in range(1, heads + 1) if fits(seq)]
