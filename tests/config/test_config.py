@@ -120,7 +120,7 @@ WRONG = {
   "sample__unroll_layers": ("yes", "sample.unroll_layers='yes' must be one of auto, off, on"),
   "train__remat": ("some", "train.remat='some' must be one of attention, dots, full, inputs, none"),
   "parallel__seq": (3, "parallel.seq=3 must divide model.heads=.* data.blocks=4; use one of 1, 2"),
-  "parallel__fsdp": (3, "train.batch / train.accumulate=8 must be a positive multiple of parallel.fsdp=3; use 6 or 9"),
+  "parallel__fsdp": (3, "train.batch / train.accumulate=8 must be .* parallel.fsdp=3; use 6 or 9"),
   "io__keep_checkpoints": (0, "io.keep_checkpoints=0 must be at least 1"),
 }
 
