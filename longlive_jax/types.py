@@ -17,8 +17,10 @@ ArrayLike = jax.Array | np.ndarray
 PyTree = Any
 Initializer = Callable[..., Array]
 
-# Axes of a mesh: samples are split over the first two, their tokens over the third; parameters over
-# the last two.
-DATA, FSDP, SEQ = "data", "fsdp", "seq"
+# Axes of a mesh: samples are split over the first two, the halves of a training clip (context and
+# target) over the third, its tokens over the fourth; parameters over the last three.
+DATA, FSDP, HALF, SEQ = "data", "fsdp", "half", "seq"
 SAMPLES = (DATA, FSDP)
-SHARDS = (FSDP, SEQ)
+ROWS = (DATA, FSDP, HALF)  # of (context, target) pairs
+CLIP = (HALF, SEQ)  # devices that share a clip
+SHARDS = (FSDP, HALF, SEQ)

@@ -15,6 +15,7 @@ import math
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from absl import logging
 from flax import nnx
 from jax import lax
@@ -50,6 +51,11 @@ def choose_form(form: str | None = None) -> str:
   return form
 
 
+def summed(dtype: jax.typing.DTypeLike) -> np.dtype:
+  """The dtype that sums of `dtype` are taken in: float32, or float64 for itself."""
+  return jnp.promote_types(dtype, jnp.float32)
+
+
 def _conv(
   x: Array, kernel: Array, strides: tuple[int, ...], padding: tuple[tuple[int, int], ...]
 ) -> Array:
@@ -61,7 +67,7 @@ def _conv(
     strides,
     padding,
     dimension_numbers=layout,
-    preferred_element_type=jnp.float32,
+    preferred_element_type=summed(x.dtype),
   )
 
 
@@ -111,7 +117,7 @@ class Pointwise(nnx.Module):
 
   def __call__(self, x: Array) -> Array:
     kernel = self.kernel[...].astype(x.dtype)
-    y = jnp.matmul(x, kernel, preferred_element_type=jnp.float32)
+    y = jnp.matmul(x, kernel, preferred_element_type=summed(x.dtype))
     return (y + self.bias[...]).astype(x.dtype)
 
 
@@ -212,7 +218,7 @@ class ChannelNorm(nnx.Module):
     self.scale = nnx.Param(jnp.ones((size,), jnp.float32))
 
   def __call__(self, x: Array) -> Array:
-    wide = x.astype(jnp.float32)
+    wide = x.astype(summed(x.dtype))
     square = jnp.sum(wide * wide, -1, keepdims=True)
     # the floor on the square keeps the gradient finite at zero
     wide = wide * lax.rsqrt(jnp.maximum(square, 1e-24)) * (x.shape[-1] ** 0.5)

@@ -17,7 +17,14 @@ from flax import nnx
 from longlive_jax.checks import check_at_least, check_divides, check_remainder, check_shape
 from longlive_jax.config import Vae as Config
 from longlive_jax.config.rules import check_vae
-from longlive_jax.model.conv import HISTORY, Pointwise, choose_form, patchify, unpatchify
+from longlive_jax.model.conv import (
+  HISTORY,
+  Pointwise,
+  choose_form,
+  patchify,
+  summed,
+  unpatchify,
+)
 from longlive_jax.model.module import Network, declare
 from longlive_jax.model.vae_blocks import Decoder, Encoder, State
 from longlive_jax.types import Array
@@ -141,7 +148,7 @@ class Vae(nnx.Module):
   def _encode(self, video: Array, state: State | None) -> tuple[Array, State]:
     """Moments `[B, F, h, w, 2C]` float32 of the next frames."""
     y, state = self.encoder(patchify(video.astype(self.dtype)), state)
-    return self.to_moments(y).astype(jnp.float32), state
+    return self.to_moments(y).astype(summed(y.dtype)), state
 
   def _decode(self, raw: Array, state: State | None) -> tuple[Array, State]:
     """Frames float32 of the next raw latents."""

@@ -16,7 +16,14 @@ import jax.numpy as jnp
 from flax import nnx
 
 from longlive_jax.config import Vae as Config
-from longlive_jax.model.conv import HISTORY, CausalConv, ChannelNorm, Pointwise, SpatialConv
+from longlive_jax.model.conv import (
+  HISTORY,
+  CausalConv,
+  ChannelNorm,
+  Pointwise,
+  SpatialConv,
+  summed,
+)
 from longlive_jax.types import Array
 
 State = Any  # nested tuple of arrays
@@ -73,9 +80,9 @@ class FrameAttention(nnx.Module):
     batch, frames, height, width, size = x.shape
     tokens = self.qkv(self.norm(x)).reshape(batch, frames, height * width, 3 * size)
     q, k, v = jnp.split(tokens, 3, -1)
-    logits = jnp.einsum("btqc,btkc->btqk", q, k, preferred_element_type=jnp.float32)
+    logits = jnp.einsum("btqc,btkc->btqk", q, k, preferred_element_type=summed(x.dtype))
     weights = jax.nn.softmax(logits * size**-0.5, -1).astype(x.dtype)
-    y = jnp.einsum("btqk,btkc->btqc", weights, v, preferred_element_type=jnp.float32)
+    y = jnp.einsum("btqk,btkc->btqc", weights, v, preferred_element_type=summed(x.dtype))
     return x + self.out(y.astype(x.dtype).reshape(x.shape)), ()
 
 
@@ -133,7 +140,7 @@ def average_down(x: Array, size_out: int, time: int, space: int) -> Array:
   shape = (batch, frames // time, height // space, width // space)
   x = x.reshape(*shape[:2], time, shape[2], space, shape[3], space, size)
   x = x.transpose(0, 1, 3, 5, 7, 2, 4, 6).reshape(*shape, size_out, -1)
-  return jnp.mean(x, -1, dtype=jnp.float32).astype(x.dtype)
+  return jnp.mean(x, -1, dtype=summed(x.dtype)).astype(x.dtype)
 
 
 def duplicate_up(x: Array, size_out: int, time: int, space: int, first: bool) -> Array:

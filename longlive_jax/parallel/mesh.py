@@ -1,8 +1,12 @@
 """The mesh of a job, and where its arrays live on it.
 
 Arrays are placed, and the compiler splits the work accordingly (Auto axes). Samples are split over
-"data" and "fsdp", the latents of a clip over "seq", parameters and all that has their shape over
-"fsdp" and "seq": gradients are summed over all of them.
+"data" and "fsdp", a clip over "half" and "seq", parameters and all that has their shape over
+"fsdp", "half" and "seq": gradients are summed over all of them.
+
+In the balanced layout "half" is 1 and each device has context and target of the same latents. In
+the plain one it is 2: the first half of the devices of a clip has all contexts, the second all
+targets, as if both had been joined to one sequence and that cut into equal runs.
 """
 
 import math
@@ -14,40 +18,66 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from longlive_jax.checks import check_divides
-from longlive_jax.types import DATA, FSDP, SAMPLES, SEQ, PyTree
+from longlive_jax.config import Experiment
+from longlive_jax.types import DATA, FSDP, HALF, SAMPLES, SEQ, PyTree
+
+
+def mesh_shape(
+  batch: int, devices: int, fsdp: int = 1, seq: int = 1, layout: str = "balanced"
+) -> tuple[int, int, int, int]:
+  """Sizes of the axes "data", "fsdp", "half", "seq" of the mesh that divides a batch.
+
+  Args:
+    batch: samples that are computed at a time, a multiple of `fsdp`.
+    devices: that there are.
+    fsdp: devices that share parameters, each with its own samples.
+    seq: devices that share a clip.
+    layout: balanced | plain, see the module.
+
+  Returns:
+    "data" is the largest that divides the batch and for which there are devices.
+
+  Raises:
+    ValueError: fewer devices than fsdp * seq, fsdp does not divide the batch, or with the plain
+      layout a group of devices would have several samples.
+  """
+  if fsdp * seq > devices:
+    raise ValueError(
+      f"parallel.fsdp={fsdp} * parallel.seq={seq} needs {fsdp * seq} devices; there are {devices}"
+    )
+  check_divides("train.batch / train.accumulate", batch, "parallel.fsdp", fsdp)
+  data = math.gcd(batch // fsdp, devices // (fsdp * seq))
+  half = 2 if layout == "plain" and seq > 1 else 1
+  if half == 2 and batch > data * fsdp:
+    raise ValueError(
+      f"parallel.layout=plain takes one sample a group of devices: with {data * fsdp} groups use"
+      f" train.batch / train.accumulate={data * fsdp}, not {batch}"
+    )
+  return data, fsdp, half, seq // half
 
 
 def make_mesh(
-  batch: int, fsdp: int = 1, seq: int = 1, devices: Sequence[jax.Device] | None = None
+  batch: int,
+  fsdp: int = 1,
+  seq: int = 1,
+  layout: str = "balanced",
+  devices: Sequence[jax.Device] | None = None,
 ) -> Mesh:
-  """The mesh that divides a batch.
-
-  Args:
-    batch: samples a step, a multiple of `fsdp`.
-    fsdp: devices that share parameters, each with its own samples.
-    seq: devices that share a clip.
-    devices: to choose from; default all of them.
-
-  Returns:
-    Mesh of the axes "data", "fsdp", "seq"; "data" is the largest that divides the batch and for
-    which there are devices.
-
-  Raises:
-    ValueError: fewer devices than fsdp * seq, or fsdp does not divide the batch.
-  """
+  """The mesh of these `devices` (default all); see `mesh_shape`."""
   devices = jax.devices() if devices is None else devices
-  if fsdp * seq > len(devices):
-    raise ValueError(
-      f"parallel.fsdp={fsdp} * parallel.seq={seq} needs {fsdp * seq} devices; there are"
-      f" {len(devices)}"
-    )
-  check_divides("train.batch", batch, "parallel.fsdp", fsdp)
-  data = math.gcd(batch // fsdp, len(devices) // (fsdp * seq))
-  count = data * fsdp * seq
+  shape = mesh_shape(batch, len(devices), fsdp, seq, layout)
+  count = math.prod(shape)
   if count < len(devices):
-    logging.info("train.batch=%d uses %d of %d devices", batch, count, len(devices))
-  axes = (AxisType.Auto,) * 3
-  return jax.make_mesh((data, fsdp, seq), (DATA, FSDP, SEQ), axes, devices=devices[:count])
+    logging.info("a batch of %d uses %d of %d devices", batch, count, len(devices))
+  axes = (AxisType.Auto,) * 4
+  return jax.make_mesh(shape, (DATA, FSDP, HALF, SEQ), axes, devices=devices[:count])
+
+
+def mesh_of(experiment: Experiment, devices: Sequence[jax.Device] | None = None) -> Mesh:
+  """The mesh of a training run."""
+  train, parallel = experiment.train, experiment.parallel
+  part = train.batch // train.accumulate
+  return make_mesh(part, parallel.fsdp, parallel.seq, parallel.layout, devices)
 
 
 def replicate(tree: PyTree, mesh: Mesh) -> PyTree:

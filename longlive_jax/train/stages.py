@@ -22,14 +22,14 @@ from longlive_jax.model.attention import TeacherForcing, block_borders
 from longlive_jax.model.flow import Table, training_table
 from longlive_jax.model.module import Network
 from longlive_jax.model.rope import expand, spatial_table, temporal_table
-from longlive_jax.parallel.mesh import make_mesh, replicate, split_batch
+from longlive_jax.parallel.mesh import make_mesh, mesh_of, replicate, split_batch
 from longlive_jax.parallel.rules import DIT_RULES, shardings_of
 from longlive_jax.parallel.ulysses import sequence_parallel
 from longlive_jax.sample.sampler import Models
 from longlive_jax.train import autoencoder, clips, teacher_forcing
 from longlive_jax.train.loop import run
 from longlive_jax.train.state import TrainState, apply_gradients, init_state, make_optimizer
-from longlive_jax.types import SEQ, Array, PyTree
+from longlive_jax.types import Array, PyTree
 
 ENCODED = 16  # clips encoded at a time
 STATISTICS_CLIPS = 256  # clips whose latents give the normalisation constants
@@ -90,8 +90,7 @@ def train_ar(experiment: Experiment, models: Models, workdir: str | Path) -> PyT
   Returns:
     Averaged parameters of the transformer.
   """
-  parallel = experiment.parallel
-  mesh = make_mesh(experiment.train.batch, parallel.fsdp, parallel.seq)
+  mesh = mesh_of(experiment)
   optimizer = make_optimizer(experiment.train)
   vae, f = models.vae, experiment.model.block_latents
   group = mesh.size * max(1, min(ENCODED, experiment.data.clips) // mesh.size)
@@ -124,7 +123,7 @@ def ar_step(experiment: Experiment, models: Models, optimizer: Any, mesh: Mesh) 
   draw = batch_of(experiment, models, table)
 
   ops = models.ops
-  if mesh.shape[SEQ] > 1:
+  if experiment.parallel.seq > 1:
     ops = dataclasses.replace(ops, attend=sequence_parallel(ops.dense, mesh))
   abstract = jax.eval_shape(lambda p: init_state(p, optimizer), models.dit.abstract)
   places = shardings_of(abstract, DIT_RULES, mesh)

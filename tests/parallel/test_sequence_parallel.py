@@ -37,8 +37,17 @@ CFG = Model(
 NETWORK = declare_dit(CFG)
 TABLE = training_table(CFG.shift)
 BORDERS = block_borders(LATENTS, CFG.block_latents, (SIZE // 2) ** 2)
-# (fsdp, seq, whether with a mask); the rest of eight devices splits the samples
-MESHES = [(1, 1, True), (1, 2, True), (1, 4, True), (2, 4, True), (1, 2, False), (2, 4, False)]
+# (fsdp, seq, layout, whether with a mask); the rest of eight devices splits the samples
+MESHES = [
+  (1, 1, "balanced", True),
+  (1, 2, "balanced", True),
+  (1, 4, "balanced", True),
+  (2, 4, "balanced", True),
+  (1, 2, "balanced", False),
+  (2, 4, "balanced", False),
+  (1, 2, "plain", False),
+  (1, 4, "plain", True),
+]
 
 
 def normal(seed: int, *shape: int) -> Array:
@@ -93,9 +102,9 @@ def alone(params):
   return {masked: loss_and_gradients(params, batch_of(masked), None) for masked in (False, True)}
 
 
-@pytest.mark.parametrize(("fsdp", "seq", "masked"), MESHES)
-def test_loss_and_gradients_are_those_of_one_device(params, alone, fsdp, seq, masked):
-  mesh = make_mesh(BATCH, fsdp, seq)
+@pytest.mark.parametrize(("fsdp", "seq", "layout", "masked"), MESHES)
+def test_loss_and_gradients_are_those_of_one_device(params, alone, fsdp, seq, layout, masked):
+  mesh = make_mesh(BATCH, fsdp, seq, layout)
   loss, gradients, _ = loss_and_gradients(params, batch_of(masked), mesh)
   expected, wanted, _ = alone[masked]
   np.testing.assert_allclose(loss, expected, rtol=1e-6)
