@@ -4,7 +4,8 @@ One or two coloured shapes move over a named background on a torus, so a shot ma
 Everything a caption says can be measured in the pixels (`longlive_jax.eval.shapes_score`); speed,
 size and place are left open.
 
-`python -m longlive_jax.data.shapes --out=DIR --clips=N --seed=S` writes examples as video files.
+`python -m longlive_jax.data.shapes --out=DIR --clips=N --seed=S` writes examples as video files,
+with `--shot_blocks=8 --max_shots=3` of shots of random lengths: a training set of files.
 """
 
 import json
@@ -126,8 +127,21 @@ def render(
   return np.concatenate(parts)
 
 
+def random_shots(rng: np.random.Generator, blocks: int, most: int) -> list[int]:
+  """Lengths of 1 to `most` shots, in blocks, that fill a clip; at least one block each."""
+  count = int(rng.integers(1, min(most, blocks) + 1))
+  borders = np.sort(rng.choice(np.arange(1, blocks), count - 1, replace=False))
+  return np.diff([0, *borders, blocks]).tolist()
+
+
 def write_clips(
-  out: pathlib.Path, clips: int, seed: int, blocks: Sequence[int], video: config_lib.Video
+  out: pathlib.Path,
+  clips: int,
+  seed: int,
+  blocks: Sequence[int],
+  video: config_lib.Video,
+  *,
+  max_shots: int = 0,
 ) -> None:
   """Writes clips in the layout of a paired video dataset: a file and a caption for every shot.
 
@@ -137,15 +151,21 @@ def write_clips(
     seed: clip i is drawn from (seed, i).
     blocks: blocks of 8 latents of every shot.
     video: size and frame rate.
+    max_shots: if not 0, clips have as many blocks, cut anew into 1 to `max_shots` shots each.
   """
   from longlive_jax.io.video import write_video  # needs PyAV, which training does not
 
   checks.check_at_least("clips", clips, 1)
   for number in range(clips):
-    spec = sample_clip(np.random.default_rng((seed, number)), shot_frames(blocks, 8), video)
+    rng = np.random.default_rng((seed, number))
+    lengths = random_shots(rng, sum(blocks), max_shots) if max_shots else blocks
+    spec = sample_clip(rng, shot_frames(lengths, 8), video)
     folder = f"{number:05d}"
     for kind in ("video", "caption"):
       (out / kind / folder).mkdir(parents=True, exist_ok=True)
+      for old in (out / kind / folder).iterdir():  # of an earlier run, which had more shots
+        if old.stem.isdigit() and int(old.stem) >= len(lengths):
+          old.unlink()
     for i, (first, shot) in enumerate(zip(spec.first_frames, spec.shots, strict=True)):
       frames = render(spec, video, first, first + shot.frames)
       write_video(out / "video" / folder / f"{i}.mp4", [frames], video.fps)
@@ -159,6 +179,9 @@ def _define_flags() -> None:
   flags.DEFINE_integer("clips", 4, "clips to write", lower_bound=1)
   flags.DEFINE_integer("seed", 0, "clip i is drawn from (seed, i)", lower_bound=0)
   flags.DEFINE_list("shot_blocks", ["2", "2"], "blocks of 8 latents of every shot")
+  flags.DEFINE_integer(
+    "max_shots", 0, "if not 0, the blocks are cut anew into 1 to so many shots", lower_bound=0
+  )
   flags.DEFINE_integer("height", 96, "pixels, a multiple of 32", lower_bound=32)
   flags.DEFINE_integer("width", 160, "pixels, a multiple of 32", lower_bound=32)
   flags.DEFINE_integer("fps", 24, "frames a second", lower_bound=1)
@@ -172,7 +195,8 @@ def main(argv: Sequence[str]) -> None:
   try:
     blocks = [int(n) for n in values.shot_blocks]
     video = config_lib.Video(height=values.height, width=values.width, fps=values.fps)
-    write_clips(pathlib.Path(values.out), values.clips, values.seed, blocks, video)
+    out = pathlib.Path(values.out)
+    write_clips(out, values.clips, values.seed, blocks, video, max_shots=values.max_shots)
   except ValueError as error:
     raise app.UsageError(str(error)) from error
   logging.info("wrote %d clips to %s", values.clips, values.out)
