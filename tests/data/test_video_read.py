@@ -56,8 +56,8 @@ def test_a_seek_gives_what_decoding_from_the_beginning_gives(numbered, number_of
     wanted = [n for n in (first, first + 1, first + 5) if n < 90]
     found = dict(read_clip(path.parent, clip, wanted))
     assert list(found) == list(range(len(wanted)))
-    for at, image in found.items():
-      np.testing.assert_array_equal(image, whole[wanted[at]])
+    for at, frame in found.items():
+      np.testing.assert_array_equal(frame.to_ndarray(format="rgb24"), whole[wanted[at]])
 
 
 def test_windows_make_up_the_sample(videos, number_of):
@@ -117,6 +117,28 @@ def test_pictures_of_another_shape_are_cropped_or_stretched(tmp_path):
   assert stretch[:, :, :3].max() < 60 and stretch[:, :, 7:9].min() > 200
   with pytest.raises(ValueError, match=r"data\.fit='fill'"):
     read_frames(plan, 0, 2, 16, 16, "fill")
+
+
+def test_colours_and_edges_survive_scaling(tmp_path):
+  """The scaler's default was darker than the picture, by a level or two."""
+  y, x = np.mgrid[:216, :384]
+  waves = [127 + 90 * np.sin(x / 30 + y / 40), 127 + 90 * np.sin(x / 25), 127 + 90 * np.cos(y / 20)]
+  image = np.stack(waves, -1).astype(np.uint8)
+  write_video(tmp_path / "a.mp4", [image[None]], 24, crf=0)
+  plan = plan_of(clip_of(tmp_path / "a.mp4"), tmp_path, [0])
+  found = read_frames(plan, 0, 1, 108, 192)[0].astype(float)
+  expected = image.reshape(108, 2, 192, 2, 3).mean((1, 3))
+  assert np.abs(found - expected).mean() < 1.0
+  assert np.abs((found - expected).mean((0, 1))).max() < 0.6
+
+
+@pytest.mark.parametrize("size", [(48, 48), (32, 96), (40, 56), (96, 32)])
+def test_any_shape_fits_any_other(tmp_path, write_numbered, size):
+  for source in ((32, 40), (64, 32), (50, 50)):
+    path = write_numbered(tmp_path / f"{source[0]}.mp4", 2, size=source)
+    plan = plan_of(clip_of(path), tmp_path, [0, 1])
+    for fit in ("crop", "stretch"):
+      assert read_frames(plan, 0, 2, *size, fit).shape == (2, *size, 3)
 
 
 def test_a_video_on_its_side_is_turned(tmp_path):
