@@ -254,7 +254,7 @@ def batches(
     rows: the r that this process takes, in this order.
     windows: ranges [start, stop) of frames, or of latents of `data.source=latents`, all of one
       length; only these are read. None = one range, the whole sample.
-    first_sample: samples that were consumed before, a multiple of `train.batch`.
+    first_sample: samples that were consumed before.
     source: what `open_source` gave; None opens it.
 
   Yields:

@@ -140,7 +140,7 @@ def list_files(root: Path) -> dict[str, dict[str, list[int]]]:
     samples[sample.name] = {
       f"video/{sample.name}/{entry.name}": stamp_of(entry, root, sample.name)
       for entry in sorted(files, key=lambda entry: clip_order(entry.name))
-      if entry.is_file()
+      if not entry.is_dir()
     }
   return samples
 
@@ -165,7 +165,10 @@ def caption_file(name: str) -> str:
 
 def stamp_of(entry: os.DirEntry[str], root: Path, sample: str) -> list[int]:
   """Size and time of change of a video file and of its caption, -1 where there is none."""
-  video = entry.stat()
+  try:
+    video = entry.stat()
+  except OSError:  # a link to nowhere
+    return [-1, -1, -1, -1]
   try:
     caption = (root / caption_file(f"video/{sample}/{entry.name}")).stat()
   except OSError:
@@ -183,7 +186,7 @@ def load_cache(root: Path) -> dict[str, Entry]:
     logging.warning("%s cannot be read and is made again: %s", root / CACHE, error)
     return {}
   same = isinstance(tree, dict) and tree.get("version") == VERSION
-  return tree["clips"] if same else {}
+  return tree.get("clips", {}) if same else {}
 
 
 def save_cache(root: Path, entries: dict[str, Entry]) -> None:

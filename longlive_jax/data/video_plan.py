@@ -161,7 +161,7 @@ def too_short(folder: Folder, rules: Rules, most: int) -> str:
     advice = f"data.min_blocks={rules.least_blocks} are needed"
   else:
     advice = f"data.blocks={rules.blocks} are needed, or data.pad=true with fewer"
-  return f"video/{folder.name} fills {most} blocks at {rules.fps} frames a second; {advice}"
+  return f"video/{folder.name}: it fills {most} blocks at {rules.fps} frames a second; {advice}"
 
 
 def blocks_after(folder: Folder, rules: Rules) -> list[int]:

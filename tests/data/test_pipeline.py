@@ -179,9 +179,9 @@ def test_short_folders_are_left_out_with_a_line(tmp_path, write, experiment_of, 
   experiment = experiment_of(tmp_path)
   with caplog.at_level(std_logging.WARNING, logger="absl"):
     assert len(open_source(experiment)) == 1
-  assert "skipped video/short fills 2 blocks" in caplog.text
+  assert "skipped video/short: it fills 2 blocks" in caplog.text
   experiment.data.blocks = 20
-  with pytest.raises(ValueError, match=r"no sample to train on: video/long fills 5 blocks"):
+  with pytest.raises(ValueError, match=r"no sample to train on: video/long: it fills 5 blocks"):
     open_source(experiment)
   experiment.data.pad, experiment.data.min_blocks = True, 3
   batch = take(1, experiment, tokenize, rows=range(1))[0]

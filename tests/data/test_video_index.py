@@ -63,6 +63,8 @@ def test_what_cannot_be_used_is_skipped_with_a_line(tmp_path, write, lines):
   (video / "cut.mp4").write_bytes(whole[:-300])
   (video / "nothing.mp4").write_bytes(b"")
   (tmp_path / "video" / "hollow").mkdir()
+  (video / "link.mp4").symlink_to(tmp_path / "nowhere.mp4")
+  (caption / "link.json").write_text('{"caption": "a"}')
   index = read_index(tmp_path)
   assert [folder.name for folder in index.folders] == ["good"]
   text = "\n".join(lines())
@@ -73,11 +75,12 @@ def test_what_cannot_be_used_is_skipped_with_a_line(tmp_path, write, lines):
     "skipped video/bad/bad.mp4: its caption caption/bad/bad.json is not JSON: ",
     'skipped video/bad/list.mp4: its caption caption/bad/list.json is not of the form {"caption"',
     "skipped video/bad/cut.mp4: it is cut short",
+    "skipped video/bad/link.mp4: it is not a readable video: No such file or directory",
     "skipped video/bad: the sample has no usable clip",
     "skipped video/hollow: the sample has no usable clip",
   ):
     assert line in text
-  assert len(lines()) == 9 and "/." not in text
+  assert len(lines()) == 10 and "/." not in text
 
 
 def test_a_file_that_is_cut_short_without_a_header_counts_what_is_there(tmp_path, write):
@@ -142,7 +145,7 @@ def test_only_changed_files_are_looked_at_again(tmp_path, write, monkeypatch):
   assert second.fingerprint != first.fingerprint
 
 
-@pytest.mark.parametrize("text", ["", "{", '{"version": 0, "clips": {}}', "[]"])
+@pytest.mark.parametrize("text", ["", "{", '{"version": 0, "clips": {}}', '{"version": 1}', "[]"])
 def test_an_unusable_cache_is_made_again(tmp_path, write, text):
   write(tmp_path, "s", "0", 5)
   whole = read_index(tmp_path)

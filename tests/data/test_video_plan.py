@@ -152,7 +152,9 @@ def test_the_same_lots_give_the_same_plan():
 def test_what_is_too_short_is_refused():
   short = folder(clip("A", frames_of(6) + 31))
   for refuse in (check_long_enough, starts):
-    with pytest.raises(ValueError, match=r"video/s fills 6 blocks .* data\.blocks=7 .*data\.pad"):
+    with pytest.raises(
+      ValueError, match=r"video/s: it fills 6 blocks .* data\.blocks=7 .*data\.pad"
+    ):
       refuse(short, RULES)
   with pytest.raises(ValueError, match="fills 0 blocks"):
     starts(folder(clip("A", 3)), RULES)

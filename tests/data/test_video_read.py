@@ -106,6 +106,18 @@ def test_frames_without_an_even_rate_are_taken_by_time(tmp_path, write_numbered,
     np.testing.assert_array_equal(read_frames(plan, left, left + 1, 32, 40)[0], whole[left])
 
 
+@pytest.mark.parametrize("suffix", [".mp4", ".mkv"])
+def test_a_file_that_starts_late_counts_from_its_first_frame(
+  tmp_path, write_numbered, number_of, suffix
+):
+  path = write_numbered(tmp_path / f"a{suffix}", 60, 24, times=list(range(30, 90)))
+  clip = clip_of(path)
+  assert clip.frames == 60 and clip.start > 0
+  for first in (0, 1, 25, 59):
+    plan = plan_of(clip, tmp_path, [first])
+    assert number_of(read_frames(plan, 0, 1, 32, 40)[0]) == first
+
+
 def test_pictures_of_another_shape_are_cropped_or_stretched(tmp_path):
   image = np.full((32, 96, 3), 20, np.uint8)
   image[:, 32:64] = 230  # the middle square
