@@ -4,26 +4,37 @@ r"""Trains a stage on all devices.
   python -m launch.train --config=configs/tiny.py:ar --workdir=outputs/ar \
       --config.io.checkpoint=outputs/vae/params
 
+With --dry_run it only prints what the run would need, on any number of devices, see docs/plan.md.
 A run goes on by itself from the newest checkpoint in its workdir. The result, weights and resolved
 configuration, is `WORKDIR/params`, a checkpoint like any other.
 """
 
-import dataclasses
 import json
 from pathlib import Path
 
+import jax
 from absl import flags
 
+from launch.processes import join
 from longlive_jax.build import build_models, enable_compile_cache, holds_nvfp4
 from longlive_jax.config import Experiment
 from longlive_jax.config.load import define_config_flag, from_flags, run_main, to_json
+from longlive_jax.eval.plan_text import dry_run
 from longlive_jax.io.atomic import check_writable, replacing
 from longlive_jax.io.checkpoint import read_metadata, save_params
+from longlive_jax.parallel.mesh import mesh_of
 from longlive_jax.train.loop import steps_done
-from longlive_jax.train.stages import train_ar, train_vae
+from longlive_jax.train.rollouts import whole
+from longlive_jax.train.stage_ar import train_ar
+from longlive_jax.train.stage_vae import train_vae
 
 CONFIG = define_config_flag()
 WORKDIR = flags.DEFINE_string("workdir", None, "folder of checkpoints, metrics and the result")
+DRY_RUN = flags.DEFINE_bool("dry_run", False, "print what the run would need, and start nothing")
+DEVICES = flags.DEFINE_integer(
+  "devices", None, "with --dry_run: how many; default those there are", 1
+)
+DEVICE_KIND = flags.DEFINE_string("device_kind", "", "with --dry_run: such as H200, for the time")
 
 
 def train(experiment: Experiment, workdir: Path) -> int:
@@ -34,16 +45,21 @@ def train(experiment: Experiment, workdir: Path) -> int:
   if done == steps and is_result(result, steps):
     print(f"nothing to do: {done} steps are done, train.steps={experiment.train.steps}")
     return steps
-  models = build_models(experiment)
-  workdir.mkdir(parents=True, exist_ok=True)
-  with replacing(workdir / "config.json") as part:
-    part.write_text(to_json(experiment))
+  models = build_models(experiment, mesh_of(experiment))
+  first = jax.process_index() == 0
+  if first:
+    workdir.mkdir(parents=True, exist_ok=True)
+    with replacing(workdir / "config.json") as part:
+      part.write_text(to_json(experiment))
   params = dict(models.params)
   if stage == "vae":
     params["vae"] = train_vae(experiment, models.vae, params["vae"], workdir)
   else:
-    params["dit"] = train_ar(experiment, dataclasses.replace(models, params=params), workdir)
-  save_params(result, params, json.loads(to_json(experiment)), {"stage": stage, "steps": steps})
+    params["dit"] = train_ar(experiment, models, workdir)
+  if jax.process_count() > 1:
+    params = whole(params)
+  if first:
+    save_params(result, params, json.loads(to_json(experiment)), {"stage": stage, "steps": steps})
   return steps
 
 
@@ -56,6 +72,9 @@ def main(argv: list[str]) -> None:
   """Command line."""
   del argv
   experiment = from_flags(CONFIG.value)
+  if DRY_RUN.value:
+    print(dry_run(experiment, DEVICES.value, DEVICE_KIND.value))
+    return
   if not WORKDIR.value:
     raise ValueError("--workdir is needed: the folder of checkpoints, metrics and the result")
   workdir = Path(WORKDIR.value)
@@ -67,8 +86,11 @@ def main(argv: list[str]) -> None:
       f"io.checkpoint='{experiment.io.checkpoint}' holds weights in NVFP4, which are for sampling;"
       " train from the ones they were made of"
     )
+  join()
   enable_compile_cache(experiment)
-  print(f"{workdir / 'params'}: weights after {train(experiment, workdir)} steps")
+  steps = train(experiment, workdir)
+  if jax.process_index() == 0:
+    print(f"{workdir / 'params'}: weights after {steps} steps")
 
 
 if __name__ == "__main__":

@@ -8,21 +8,22 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from absl import logging
+from jax.sharding import Mesh
 
 from longlive_jax.config import Experiment
 from longlive_jax.config.load import load_config, read_saved
 from longlive_jax.config.walk import differences
 from longlive_jax.io.checkpoint import MismatchError, load_params, read_metadata
-from longlive_jax.io.leaves import path_name
-from longlive_jax.model.dit import declare_dit, separate_layers
+from longlive_jax.model.dit import cast_params, declare_dit, separate_layers
 from longlive_jax.model.module import Network
 from longlive_jax.model.ops import Ops, attend_with, cudnn_attention, dense_attention
 from longlive_jax.model.text import declare_text, frozen_params
 from longlive_jax.model.tokenizer import load_tokenizer
 from longlive_jax.model.vae import declare_vae
+from longlive_jax.parallel.rules import DIT_RULES, EVERYWHERE, TEXT_RULES, shardings_of
 from longlive_jax.quant.policy import quantise_params, quantised_ops
 from longlive_jax.sample.sampler import Models, Sampler
-from longlive_jax.types import Array, PyTree
+from longlive_jax.types import PyTree
 
 ASSETS = Path(__file__).parent / "assets"
 STORED_QUANT = ("linears", "layers", "weights", "weight_blocks")  # what NVFP4 weights depend on
@@ -101,11 +102,22 @@ def find_checkpoint(name: str) -> Path:
   )
 
 
-def fresh_params(experiment: Experiment, networks: dict[str, Network]) -> dict[str, PyTree]:
-  """Freshly drawn parameters of all networks, from `train.seed`."""
-  text = experiment.model.text
-  params = {name: network.init(experiment.train.seed) for name, network in networks.items()}
-  return params | ({"text": frozen_params(networks["text"], text)} if text.frozen_seed >= 0 else {})
+def fresh_params(
+  experiment: Experiment, networks: dict[str, Network], places: dict[str, PyTree] | None = None
+) -> dict[str, PyTree]:
+  """Freshly drawn parameters of all networks, from `train.seed`; `places` are their shardings."""
+  seed, text = experiment.train.seed, experiment.model.text
+  params = {n: net.init(seed, places and places[n]) for n, net in networks.items()}
+  if text.frozen_seed >= 0:
+    frozen = frozen_params(networks["text"], text)
+    params["text"] = jax.device_put(frozen, places["text"]) if places else frozen
+  return params
+
+
+def places_on(mesh: Mesh, networks: dict[str, Network]) -> dict[str, PyTree]:
+  """Where the parameters of the networks live in training: split, but for the VAE."""
+  rules = {"dit": DIT_RULES, "text": TEXT_RULES, "vae": EVERYWHERE}
+  return {name: shardings_of(net.abstract, rules[name], mesh) for name, net in networks.items()}
 
 
 def holds_nvfp4(experiment: Experiment) -> bool:
@@ -130,15 +142,22 @@ def check_stored_quant(experiment: Experiment, folder: Path) -> None:
 
 
 def load_networks(
-  experiment: Experiment, networks: dict[str, Network], folder: Path
+  experiment: Experiment,
+  networks: dict[str, Network],
+  folder: Path,
+  places: dict[str, PyTree] | None = None,
 ) -> dict[str, PyTree]:
   """Parameters of all networks from a checkpoint, float32 whatever is stored; NVFP4 stays.
 
   Raises:
     ValueError: they do not fit the experiment (names the settings that differ), or are not finite.
   """
+
+  def wanted(leaf: Any, place: Any = None) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(leaf.shape, jnp.float32, sharding=place)
+
   abstract = {
-    name: jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, jnp.float32), net.abstract)
+    name: jax.tree.map(wanted, net.abstract, *([places[name]] if places else []))
     for name, net in networks.items()
   }
   if holds_nvfp4(experiment):
@@ -154,22 +173,12 @@ def load_networks(
     raise ValueError(f"io.checkpoint='{folder}': {'; '.join([str(error), *names])}") from error
 
 
-def cast_params(params: PyTree, dtype: str) -> PyTree:
-  """Casts the matrices of the transformer that are multiplied in `dtype`.
-
-  What is used in float32 stays float32: norms, biases, modulation, the embedding of timesteps.
-  """
-
-  def cast(path: tuple[Any, ...], leaf: Array) -> Array:
-    name = path_name(path)
-    narrow = name.endswith("/kernel") and not name.startswith("time_")
-    return leaf.astype(dtype) if narrow else leaf
-
-  return jax.tree_util.tree_map_with_path(cast, params)
-
-
-def build_models(experiment: Experiment) -> Models:
+def build_models(experiment: Experiment, mesh: Mesh | None = None) -> Models:
   """Networks with parameters from `io.checkpoint`, or fresh ones when it is empty.
+
+  Args:
+    experiment: checked experiment.
+    mesh: of a training run, over which the parameters are split.
 
   Raises:
     FileNotFoundError: no such checkpoint or tokenizer.
@@ -178,10 +187,12 @@ def build_models(experiment: Experiment) -> Models:
   networks = declare_networks(experiment)
   ops = quantised_ops(choose_ops(experiment), experiment.quant, networks["dit"].abstract)
   tokenizer = load_tokenizer(experiment.model.text)
+  places = places_on(mesh, networks) if mesh else None
   if experiment.io.checkpoint:
-    params = load_networks(experiment, networks, find_checkpoint(experiment.io.checkpoint))
+    folder = find_checkpoint(experiment.io.checkpoint)
+    params = load_networks(experiment, networks, folder, places)
   else:
-    params = fresh_params(experiment, networks)
+    params = fresh_params(experiment, networks, places)
   return Models(
     experiment=experiment,
     dit=networks["dit"],

@@ -50,6 +50,7 @@ class Text(Section):
   max_distance: int = 128
   length: int = 512  # tokens a prompt is padded to
   tokenizer: str = ""  # path of a tokenizer.json, or "bytes"
+  dtype: str = "float32"  # of the activations
   frozen_seed: int = -1  # >= 0: a random encoder that is never trained (the tiny preset)
 
 

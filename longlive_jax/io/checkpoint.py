@@ -163,7 +163,10 @@ def load_network(folder: Path, name: str, abstract: PyTree, check_finite: bool) 
       stacks[target][index] = value
 
   def place(path: tuple[Any, ...], leaf: jax.ShapeDtypeStruct) -> jax.Array:
-    return jax.device_put(stacks.pop(path_name(path)), leaf.sharding)
+    value = stacks.pop(path_name(path))
+    if leaf.sharding is None:
+      return jax.device_put(value)
+    return jax.make_array_from_callback(value.shape, leaf.sharding, lambda index: value[index])
 
   return jax.tree_util.tree_map_with_path(place, abstract)
 

@@ -4,11 +4,13 @@ Leaves are stored under their dotted names ("params.layers.ffn.up"), so any pytr
 stored form does not depend on its classes. Random keys are stored as their data.
 """
 
+from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 import jax
+import numpy as np
 from absl import logging
 from orbax.checkpoint import v1 as ocp
 
@@ -17,6 +19,7 @@ from longlive_jax.io.atomic import remove
 from longlive_jax.io.leaves import flat, path_name
 from longlive_jax.types import PyTree
 
+BESIDE = "beside."  # before the names of arrays that are kept beside the state
 UNREADABLE = (ValueError, OSError, KeyError)  # what Orbax raises for damaged files
 
 
@@ -71,7 +74,13 @@ class TrainCheckpointer:
     return step != self.latest_step and self._checkpointer.should_save(step)
 
   def save(
-    self, step: int, state: PyTree, extra: dict[str, Any] | None = None, *, force: bool = False
+    self,
+    step: int,
+    state: PyTree,
+    extra: dict[str, Any] | None = None,
+    arrays: Mapping[str, np.ndarray] | None = None,
+    *,
+    force: bool = False,
   ) -> bool:
     """Saves the state if `step` is due or `force` is set.
 
@@ -79,6 +88,7 @@ class TrainCheckpointer:
       step: updates done.
       state: any pytree of arrays and random keys; it may be donated as soon as this returns.
       extra: JSON kept beside it, such as the position in the data.
+      arrays: kept beside it too, of the host, the same in every process and of any shape.
       force: save although the step is not due.
 
     Returns:
@@ -87,6 +97,7 @@ class TrainCheckpointer:
     if step == self.latest_step or not (force or self.is_due(step)):
       return False
     leaves = {dotted(name): as_array(leaf) for name, leaf in flat(state).items()}
+    leaves |= {BESIDE + dotted(name): array for name, array in (arrays or {}).items()}
     self._checkpointer.save_async(step, leaves, custom_metadata=extra, force=force)
     return True
 
@@ -106,7 +117,8 @@ class TrainCheckpointer:
       return template
     wanted = {dotted(name): abstract(leaf) for name, leaf in flat(template).items()}
     self._check(step, wanted)
-    stored = self._load(step, wanted)
+    beside = [n for n in self._checkpointer.metadata(step).metadata if n.startswith(BESIDE)]
+    stored = self._load(step, wanted | dict.fromkeys(beside, ...))
 
     def take(path: tuple[Any, ...], leaf: jax.Array) -> jax.Array:
       value = stored[dotted(path_name(path))]
@@ -116,6 +128,17 @@ class TrainCheckpointer:
 
     return jax.tree_util.tree_map_with_path(take, template)
 
+  def latest_arrays(self) -> dict[str, np.ndarray]:
+    """The `arrays` of the newest checkpoint; empty if there are none."""
+    step = self.latest_step
+    if step is None:
+      return {}
+    found = self._checkpointer.metadata(step).metadata
+    beside = {name: leaf for name, leaf in found.items() if name.startswith(BESIDE)}
+    wanted = {name: np.empty(leaf.shape, leaf.dtype) for name, leaf in beside.items()}
+    loaded = self._load(step, wanted | {name: ... for name in found if name not in beside})
+    return {name.removeprefix(BESIDE).replace(".", "/"): loaded[name] for name in beside}
+
   def latest_extra(self) -> dict[str, Any]:
     """The `extra` of the newest checkpoint; empty if there is none."""
     step = self.latest_step
@@ -123,7 +146,7 @@ class TrainCheckpointer:
       return {}
     return dict(self._checkpointer.metadata(step).custom_metadata or {})
 
-  def _load(self, step: int, wanted: dict[str, jax.ShapeDtypeStruct]) -> dict[str, jax.Array]:
+  def _load(self, step: int, wanted: dict[str, Any]) -> dict[str, Any]:
     try:
       return self._checkpointer.load(step, wanted)
     except UNREADABLE as error:
@@ -134,7 +157,7 @@ class TrainCheckpointer:
 
   def _check(self, step: int, wanted: dict[str, jax.ShapeDtypeStruct]) -> None:
     found = self._checkpointer.metadata(step).metadata
-    stored = {name: tuple(leaf.shape) for name, leaf in found.items()}
+    stored = {n: tuple(leaf.shape) for n, leaf in found.items() if not n.startswith(BESIDE)}
     for name in (*wanted, *stored):
       here, there = wanted.get(name), stored.get(name)
       if here is None or there is None or here.shape != there:

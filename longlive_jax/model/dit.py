@@ -17,6 +17,7 @@ from flax import nnx
 from jax.tree_util import register_dataclass
 
 from longlive_jax.config import Model
+from longlive_jax.io.leaves import path_name
 from longlive_jax.model.attention import Cross, pair
 from longlive_jax.model.dit_layer import Head, Layer
 from longlive_jax.model.layers import Linear, Mlp, gelu, patchify, sinusoid, unpatchify
@@ -232,3 +233,17 @@ def separate_layers(params: PyTree) -> PyTree:
   return params | {
     "layers": {i: jax.tree.map(lambda a, i=i: a[i], params["layers"]) for i in range(count)}
   }
+
+
+def cast_params(params: PyTree, dtype: str) -> PyTree:
+  """Casts the matrices of the transformer that are multiplied in `dtype`.
+
+  What is used in float32 stays float32: norms, biases, modulation, the embedding of timesteps.
+  """
+
+  def cast(path: tuple[Any, ...], leaf: Array) -> Array:
+    name = path_name(path)
+    narrow = name.endswith("/kernel") and not name.startswith("time_")
+    return leaf.astype(dtype) if narrow else leaf
+
+  return jax.tree_util.tree_map_with_path(cast, params)

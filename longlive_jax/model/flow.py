@@ -39,6 +39,18 @@ class Table:
   timesteps: ArrayLike
   weights: ArrayLike
 
+  def below(self, timestep: float) -> "Table":
+    """The levels with at most this timestep.
+
+    Raises:
+      ValueError: there is none.
+    """
+    kept = np.asarray(self.timesteps) <= timestep
+    if not kept.any():
+      least = float(np.min(self.timesteps))
+      raise ValueError(f"train.context_noise={timestep} is below the least noise, {least:.3g}")
+    return jax.tree.map(lambda a: np.asarray(a)[kept], self)
+
 
 def shift_sigma(u: np.ndarray, shift: float) -> np.ndarray:
   """Moves evenly spaced levels `u` in [0, 1] towards noise; shift 1 changes nothing."""

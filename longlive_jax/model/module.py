@@ -30,13 +30,18 @@ class Network:
   graph: Any
   abstract: PyTree
 
-  def init(self, seed: int) -> PyTree:
-    """Draws fresh parameters; the same seed gives the same numbers on any mesh."""
+  def init(self, seed: int, places: PyTree | None = None) -> PyTree:
+    """Draws fresh parameters; the same seed gives the same numbers on any mesh.
+
+    Args:
+      seed: of all of them.
+      places: their shardings; None = one device.
+    """
 
     def make(key: jax.Array) -> PyTree:
       return nnx.to_pure_dict(nnx.split(self.build(nnx.Rngs(params=key)))[1])
 
-    return jax.jit(make)(jax.random.key(seed))
+    return jax.jit(make, out_shardings=places)(jax.random.key(seed))
 
   def bind(self, params: PyTree) -> Any:
     """Returns the module with these parameters, callable inside a traced function."""

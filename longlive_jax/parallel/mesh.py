@@ -13,6 +13,7 @@ import math
 from collections.abc import Sequence
 
 import jax
+import numpy as np
 from absl import logging
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -78,6 +79,33 @@ def mesh_of(experiment: Experiment, devices: Sequence[jax.Device] | None = None)
   train, parallel = experiment.train, experiment.parallel
   part = train.batch // train.accumulate
   return make_mesh(part, parallel.fsdp, parallel.seq, parallel.layout, devices)
+
+
+def local_part(mesh: Mesh, batch: int) -> tuple[range, range]:
+  """What of the data this process has to read.
+
+  Returns:
+    (its samples of a batch, its places along "seq").
+
+  Raises:
+    ValueError: its devices do not form whole groups or an equal part of one.
+  """
+  own = np.argwhere(own_devices(mesh))
+  groups = np.unique(own[:, 0] * mesh.shape[FSDP] + own[:, 1])
+  halves, ranks = np.unique(own[:, 2]), np.unique(own[:, 3])
+  if len(own) != len(groups) * len(halves) * len(ranks):
+    raise ValueError(
+      f"parallel.seq={mesh.shape[HALF] * mesh.shape[SEQ]} must divide, or be a multiple of, the"
+      f" {len(own)} devices of a process"
+    )
+  each = batch // (mesh.shape[DATA] * mesh.shape[FSDP])
+  rows = range(int(groups[0]) * each, (int(groups[-1]) + 1) * each)
+  return rows, range(int(ranks[0]), int(ranks[-1]) + 1)
+
+
+def own_devices(mesh: Mesh) -> np.ndarray:
+  """bool array of the mesh's shape: which devices are of this process."""
+  return np.vectorize(lambda device: device.process_index == jax.process_index())(mesh.devices)
 
 
 def replicate(tree: PyTree, mesh: Mesh) -> PyTree:

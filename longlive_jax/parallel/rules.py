@@ -25,6 +25,13 @@ DIT_RULES: tuple[Rule, ...] = (
   (r"(patch|text|time)_\w+(/\w+)?/kernel|head/proj/kernel", P(SHARDS, None)),
   (r".*", P()),
 )
+TEXT_RULES: tuple[Rule, ...] = (
+  (r"layers/.*/kernel", P(None, SHARDS, None)),
+  (r"embedding", P(SHARDS, None)),
+  (r".*", P()),
+)
+
+EVERYWHERE: tuple[Rule, ...] = ((r".*", P()),)
 
 
 def fit(spec: P, shape: Sequence[int], mesh: Mesh) -> P:

@@ -173,6 +173,27 @@ def choose(key: Array, bank: Bank, batch: int, data: Data) -> tuple[Array, Array
   return clip, jnp.where(is_far, bank.visible[clip, last], jnp.arange(data.blocks))
 
 
+Turns = tuple[Array, Array]
+
+
+def rotations(experiment: Experiment) -> Callable[[Bank, Any, tuple[int, ...]], Turns]:
+  """Temporal rotations (cos, sin) `[B, F, P_t]` of the blocks taken of a bank, as the sampler's.
+
+  With relative positions the blocks that are seen stand side by side, whenever they were.
+  """
+  model, sample = experiment.model, experiment.sample
+
+  def absolute(bank: Bank, take: Any, shape: tuple[int, ...]) -> Turns:
+    return bank.cos[take].reshape(*shape, -1), bank.sin[take].reshape(*shape, -1)
+
+  def relative(bank: Bank, take: Any, shape: tuple[int, ...]) -> Turns:
+    positions = np.arange(shape[1])[None] * sample.t_scale
+    cos, sin = temporal_table(positions, model.head_dim, model.rope_theta)
+    return jnp.tile(cos, (shape[0], 1, 1)), jnp.tile(sin, (shape[0], 1, 1))
+
+  return relative if sample.relative_rope else absolute
+
+
 def vae_clips(experiment: Experiment, count: int) -> Any:
   """Packed specifications of short clips, half of them with a cut at a latent's border."""
   rng = np.random.default_rng(experiment.data.seed)

@@ -17,7 +17,6 @@ Source: spec/training.md sections 3.3 and 4.
 import dataclasses
 import random
 from collections.abc import Iterator
-from typing import Any
 
 import numpy as np
 
@@ -65,28 +64,47 @@ class ErrorBank:
 
   def sample_any(self) -> np.ndarray | None:
     """Any error; None if there is none."""
-    return self._pick([error for bucket in sorted(self.entries) for error in self.entries[bucket]])
+    count = sum(len(pool) for pool in self.entries.values())
+    if not count:
+      return None
+    place = self.rng.randint(0, count - 1)
+    for bucket in sorted(self.entries):
+      if place < len(self.entries[bucket]):
+        break
+      place -= len(self.entries[bucket])
+    return self._modulated(self.entries[bucket][place])
 
   def _pick(self, pool: list[np.ndarray]) -> np.ndarray | None:
     if not pool:
       return None
-    error = pool[self.rng.randint(0, len(pool) - 1)]
+    return self._modulated(pool[self.rng.randint(0, len(pool) - 1)])
+
+  def _modulated(self, error: np.ndarray) -> np.ndarray:
     factor = self.rng.uniform(1.0 - self.cfg.modulation, 1.0 + self.cfg.modulation)
     return (error * error.dtype.type(factor)).astype(error.dtype)
 
   def state(self) -> dict[str, np.ndarray]:
     """All errors, oldest first within a bucket, and their buckets; see `restore`."""
     pairs = [(bucket, error) for bucket in sorted(self.entries) for error in self.entries[bucket]]
-    errors = np.stack([error for _, error in pairs]) if pairs else np.zeros((0,), np.float32)
+    if not pairs:
+      return {"added": np.asarray(self.added)}
+    errors = np.stack([error for _, error in pairs])
     buckets = np.asarray([bucket for bucket, _ in pairs], np.int32)
-    return {"errors": errors, "buckets": buckets, "added": np.asarray(self.added, np.int64)}
+    return {"errors": errors, "buckets": buckets, "added": np.asarray(self.added)}
 
   def restore(self, state: dict[str, np.ndarray]) -> None:
     """Takes over what `state` gave."""
-    self.entries = {}
-    for bucket, error in zip(state["buckets"].tolist(), state["errors"], strict=True):
+    self.entries, buckets = {}, state.get("buckets", np.zeros(0, np.int32))
+    for bucket, error in zip(buckets.tolist(), state.get("errors", ()), strict=True):
       self.entries.setdefault(bucket, []).append(error)
     self.added = int(state["added"])
+
+  def summary(self) -> tuple[int, float]:
+    """How many errors are kept, and the root mean square of those of the fullest bucket."""
+    kept = sum(len(pool) for pool in self.entries.values())
+    fullest = max(self.entries.values(), key=len, default=[])
+    rms = float(np.sqrt(np.mean(np.square(fullest[-1].astype(np.float32))))) if fullest else 0.0
+    return kept, rms
 
 
 @dataclasses.dataclass(frozen=True)
@@ -115,10 +133,17 @@ class Recycler:
     cfg: shares and sizes.
     seed: of all decisions.
     block_latents: latents of a block.
+    dtype: of what is added.
   """
 
-  def __init__(self, cfg: Recycling, seed: int, block_latents: int):
-    self.cfg, self.block_latents = cfg, block_latents
+  def __init__(
+    self,
+    cfg: Recycling,
+    seed: int,
+    block_latents: int,
+    dtype: np.typing.DTypeLike = np.float32,
+  ):
+    self.cfg, self.block_latents, self.dtype = cfg, block_latents, dtype
     self.rng = random.Random(seed)
     self.latents, self.noise = ErrorBank(cfg, self.rng), ErrorBank(cfg, self.rng)
 
@@ -136,7 +161,7 @@ class Recycler:
     def chosen(bank: ErrorBank, share: float, any_level: bool = False) -> np.ndarray | None:
       if not bank.added or not self.rng.random() < share:
         return None
-      total = np.zeros(shape, np.float32)
+      total = np.zeros(shape, self.dtype)
       for row, column in np.ndindex(first.shape):
         error = bank.sample_any() if any_level else bank.sample(int(first[row, column]))
         if error is not None:
@@ -158,18 +183,19 @@ class Recycler:
       self.latents.add(latents[row, span], index)
       self.noise.add(noise[row, span], index)
 
-  def state(self) -> dict[str, Any]:
+  def state(self) -> dict[str, np.ndarray]:
     """Both banks and the generator, as arrays; see `restore`."""
     version, numbers, spare = self.rng.getstate()
-    generator = np.asarray([version, *numbers], np.int64)
-    spare = np.asarray(np.nan if spare is None else spare)
     banks = {"latents": self.latents.state(), "noise": self.noise.state()}
-    return banks | {"generator": generator, "spare": spare}
+    found = {f"{name}/{part}": a for name, bank in banks.items() for part, a in bank.items()}
+    found["generator"] = np.asarray([version, *numbers], np.int64)
+    return found | {"spare": np.asarray(np.nan if spare is None else spare)}
 
-  def restore(self, state: dict[str, Any]) -> None:
+  def restore(self, state: dict[str, np.ndarray]) -> None:
     """Takes over what `state` gave."""
-    self.latents.restore(state["latents"])
-    self.noise.restore(state["noise"])
+    for name, bank in (("latents", self.latents), ("noise", self.noise)):
+      prefix = f"{name}/"
+      bank.restore({n.removeprefix(prefix): a for n, a in state.items() if n.startswith(prefix)})
     version, *numbers = state["generator"].tolist()
     spare = float(state["spare"])
     self.rng.setstate((version, tuple(numbers), None if np.isnan(spare) else spare))

@@ -4,25 +4,36 @@ All randomness of a step is a function of (seed, step), so a resumed run repeats
 uninterrupted one would have done.
 """
 
+import contextlib
 import json
 import math
+import signal
+import sys
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from absl import logging
+from jax.experimental import multihost_utils
+from tqdm import tqdm
 
 from longlive_jax.config import Experiment, Train
 from longlive_jax.config.load import from_json, to_json
 from longlive_jax.config.walk import differences
 from longlive_jax.io.metrics import MetricWriter
 from longlive_jax.io.train_checkpoint import TrainCheckpointer
+from longlive_jax.train.rates import Work
 from longlive_jax.train.state import TrainState
 from longlive_jax.types import Array, PyTree
 
-Step = Callable[[TrainState], tuple[TrainState, dict[str, Array]]]
+Step = Callable[[TrainState], tuple[TrainState, dict[str, Array | float]]]
+
+TERMINATED = 143  # the exit code of a process that ends by SIGTERM
 
 CHECKPOINTS = "checkpoints"
 # Settings that may differ when a run goes on; all others must be as they were.
@@ -30,7 +41,11 @@ MAY_CHANGE = (
   "name",
   "model.attention",
   "model.vae.convolution",
+  "data.ahead",
+  "data.readers",
+  "parallel.chunk_vae",
   "parallel.fsdp",
+  "parallel.layout",
   "parallel.seq",
   "quant.kernels",
   "sample.guidance",
@@ -38,6 +53,7 @@ MAY_CHANGE = (
   "sample.seed",
   "sample.solver",
   "sample.steps",
+  "train.accumulate",
   "train.batch",
   "train.beta2",
   "train.clip_norm",
@@ -54,19 +70,48 @@ MAY_CHANGE = (
   "train.weight_decay",
   "io.checkpoint_every_steps",
   "io.compile_cache",
+  "io.evaluate_every_steps",
+  "io.evaluate_scripts",
   "io.keep_checkpoints",
   "io.log_every_steps",
 )
 
 
-def run(experiment: Experiment, workdir: str | Path, state: TrainState, step: Step) -> TrainState:
+class Rider:
+  """What goes along with the state of a run: its data, and whatever else is on the host."""
+
+  def snapshot(self) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+    """(arrays, JSON) that a run needs to go on."""
+    return {}, {}
+
+  def restore(self, done: int, arrays: dict[str, np.ndarray], extra: dict[str, Any]) -> None:
+    """Takes over what `snapshot` gave after `done` updates; both empty at the start."""
+
+  def close(self) -> None:
+    """Lets go of threads and files."""
+
+
+def run(
+  experiment: Experiment,
+  workdir: str | Path,
+  state: TrainState,
+  step: Step,
+  rider: Rider | None = None,
+  work: Work | None = None,
+  rollouts: Callable[[int, PyTree], None] | None = None,
+) -> TrainState:
   """Runs `train.steps` updates, going on from the newest checkpoint in `workdir`.
+
+  SIGTERM ends the run after the step that is being computed, with a checkpoint.
 
   Args:
     experiment: checked experiment.
     workdir: folder of checkpoints and metrics.
     state: where a fresh run starts; also the shapes to restore into.
-    step: jitted update, its argument donated.
+    step: update, its argument donated.
+    rider: saved and restored with the state.
+    work: of an update, for the rates in the metrics.
+    rollouts: `(step, averaged parameters)`, called every `io.evaluate_every_steps`.
 
   Returns:
     The last state, which is also the newest checkpoint.
@@ -74,10 +119,10 @@ def run(experiment: Experiment, workdir: str | Path, state: TrainState, step: St
   Raises:
     ValueError: `workdir` holds a run with other settings; names the setting.
     FloatingPointError: the loss, or the parameters at a checkpoint, are not finite.
+    SystemExit: SIGTERM came.
   """
-  cfg, io = experiment.train, experiment.io
-  extra = {"config": json.loads(to_json(experiment))}
-  with open_checkpoints(experiment, workdir) as checkpointer:
+  cfg, every, rider = experiment.train, experiment.io.log_every_steps, rider or Rider()
+  with open_checkpoints(experiment, workdir) as checkpointer, contextlib.closing(rider):
     for name, there, here in changed_settings(experiment, workdir, checkpointer):
       logging.info("%s is %r from here on; it was %r", name, here, there)
     state = checkpointer.restore_latest(state)
@@ -86,19 +131,83 @@ def run(experiment: Experiment, workdir: str | Path, state: TrainState, step: St
       logging.info("nothing to do: %d steps are done, train.steps=%d", done, cfg.steps)
       return state
     logging.info("steps %d to %d, in '%s'; compiling", done + 1, cfg.steps, workdir)
-    with MetricWriter(workdir, done) as writer:
-      log = Log(cfg, writer, done)
-      for number in range(done + 1, cfg.steps + 1):
+    rider.restore(done, checkpointer.latest_arrays(), checkpointer.latest_extra())
+    with open_metrics(workdir, done) as writer, Termination(every) as termination:
+      log = Log(cfg, writer, done, work or Work())
+      saver = Saver(experiment, checkpointer, rider, log)
+      for number in progress(done, cfg.steps):
         state, metrics = step(state)
         log.flush()  # of an earlier step, while the device runs this one
-        last = number == cfg.steps
-        if last or number % io.log_every_steps == 0:
+        last, ends = number == cfg.steps, termination.due(number)
+        if last or ends or number % every == 0:
           log.keep(number, metrics)
-        if last or checkpointer.is_due(number):
+        if last or ends or checkpointer.is_due(number):
+          saver.save(number, state, force=last or ends)
+        if ends:
+          checkpointer.wait()
+          raise SystemExit(TERMINATED)
+        if rollouts is not None and number % experiment.io.evaluate_every_steps == 0:
           log.flush()
-          check_params(cfg, number, state.params)
-          checkpointer.save(number, state, extra, force=last)
+          rollouts(number, state.ema)
+          log.pause()
   return state
+
+
+class Saver:
+  """Saves a run: state, what rides along, settings; never numbers that are not finite."""
+
+  def __init__(
+    self, experiment: Experiment, checkpointer: TrainCheckpointer, rider: Rider, log: "Log"
+  ):
+    self._experiment, self._checkpointer = experiment, checkpointer
+    self._rider, self._log = rider, log
+
+  def save(self, number: int, state: TrainState, *, force: bool) -> None:
+    """Saves the state after `number` updates, and writes the metrics that led there."""
+    self._log.flush()
+    check_params(self._experiment.train, number, state.params)
+    arrays, extra = self._rider.snapshot()
+    extra = {"config": json.loads(to_json(self._experiment)), **extra}
+    self._checkpointer.save(number, state, extra, arrays, force=force)
+
+
+def progress(done: int, steps: int) -> Iterable[int]:
+  """Numbers of the updates to come, shown as a bar where somebody may be looking."""
+  numbers = range(done + 1, steps + 1)
+  hidden = not sys.stderr.isatty() or jax.process_index() != 0
+  return tqdm(numbers, initial=done, total=steps, unit="step", disable=hidden)
+
+
+class Termination:
+  """Notes SIGTERM instead of ending the process, so that a step can end and be saved.
+
+  Args:
+    every: steps between two agreements of several processes about it.
+  """
+
+  def __init__(self, every: int):
+    self._noted, self._every = False, every
+
+  def __enter__(self) -> "Termination":
+    self._before = signal.getsignal(signal.SIGTERM)
+    if threading.current_thread() is threading.main_thread():
+      signal.signal(signal.SIGTERM, self._note)
+    return self
+
+  def __exit__(self, *_: object) -> None:
+    if threading.current_thread() is threading.main_thread():
+      signal.signal(signal.SIGTERM, self._before)
+
+  def _note(self, *_: object) -> None:
+    self._noted = True
+
+  def due(self, step: int) -> bool:
+    """Whether the run ends after this step; the same in all processes."""
+    if jax.process_count() == 1:
+      return self._noted
+    return step % self._every == 0 and bool(
+      np.any(multihost_utils.process_allgather(np.asarray(self._noted)))
+    )
 
 
 def steps_done(experiment: Experiment, workdir: str | Path) -> int:
@@ -112,6 +221,12 @@ def steps_done(experiment: Experiment, workdir: str | Path) -> int:
   with open_checkpoints(experiment, workdir) as checkpointer:
     changed_settings(experiment, workdir, checkpointer)
     return checkpointer.latest_step or 0
+
+
+def open_metrics(workdir: str | Path, done: int) -> Any:
+  """The writer of the metrics after `done` steps; in one process only, None in the others."""
+  first = jax.process_index() == 0
+  return MetricWriter(workdir, done) if first else contextlib.nullcontext()
 
 
 def open_checkpoints(experiment: Experiment, workdir: str | Path) -> TrainCheckpointer:
@@ -147,18 +262,23 @@ class Log:
 
   Args:
     cfg: names the settings when a loss is not finite.
-    writer: where they go.
+    writer: where they go; None writes nothing.
     step: steps done before.
+    work: of an update.
   """
 
-  def __init__(self, cfg: Train, writer: MetricWriter, step: int):
-    self._cfg, self._writer = cfg, writer
+  def __init__(self, cfg: Train, writer: MetricWriter | None, step: int, work: Work):
+    self._cfg, self._writer, self._work = cfg, writer, work
     self._step, self._time = step, time.perf_counter()
-    self._late: tuple[int, dict[str, Array]] | None = None
+    self._late: tuple[int, dict[str, Array | float]] | None = None
 
-  def keep(self, step: int, metrics: dict[str, Array]) -> None:
+  def keep(self, step: int, metrics: dict[str, Array | float]) -> None:
     """Remembers what to write at the next `flush`."""
     self._late = step, metrics
+
+  def pause(self) -> None:
+    """Leaves the time since the last `flush` out of the rates."""
+    self._time = time.perf_counter()
 
   def flush(self) -> None:
     """Writes what is remembered, if anything.
@@ -171,9 +291,10 @@ class Log:
     (step, metrics), self._late = self._late, None
     values = {name: float(value) for name, value in jax.device_get(metrics).items()}
     now = time.perf_counter()
-    values["steps_per_second"] = (step - self._step) / (now - self._time)
+    values |= self._work.rates((now - self._time) / (step - self._step))
     self._step, self._time = step, now
-    self._writer.write(step, values)
+    if self._writer is not None:
+      self._writer.write(step, values)
     logging.info("step %d  %s", step, "  ".join(f"{n} {v:.4g}" for n, v in values.items()))
     if not math.isfinite(values["loss"]):
       raise not_finite(self._cfg, f"the loss is {values['loss']}", step)

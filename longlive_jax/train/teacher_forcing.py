@@ -34,7 +34,9 @@ from longlive_jax.types import SAMPLES, SEQ, Array, PyTree
       "first",
       "given",
       "context_timesteps",
+      "context_noise",
       "mask",
+      "total",
       "errors",
     )
   ],
@@ -53,7 +55,9 @@ class Batch:
     first: image-to-video: the given first latent `[B, 1, H, W, C]`; it carries no loss.
     given: bool `[B]`, the samples to which `first` is given; None = all.
     context_timesteps: noise level of the context `[B, F]`; None = clean, labelled 0.
+    context_noise: of the context, like `noise`; None = the same as the target's.
     mask: `[B, F]`, weight of each latent in the loss; None = all.
+    total: what the weighted errors are divided by, for a part of a batch; None = their weights.
     errors: recycled errors of noise, latents and context, `[B, F, H, W, C]` each or None.
   """
 
@@ -65,7 +69,9 @@ class Batch:
   first: Array | None = None
   given: Array | None = None
   context_timesteps: Array | None = None
+  context_noise: Array | None = None
   mask: Array | None = None
+  total: Array | None = None
   errors: tuple[Array | None, Array | None, Array | None] = (None, None, None)
 
 
@@ -85,6 +91,7 @@ def split(batch: Batch, mesh: Mesh) -> Batch:
     first=P(SAMPLES),
     given=P(SAMPLES),
     context_timesteps=latents,
+    context_noise=latents,
     mask=latents,
     errors=latents,
   )
@@ -99,12 +106,16 @@ def split(batch: Batch, mesh: Mesh) -> Batch:
   return dataclasses.replace(batch, **placed)
 
 
+def block_indices(key: Array, batch: int, blocks: int, size: int) -> Array:
+  """Draws one entry of a table of `size` noise levels for each block: int32 `[B, blocks]`."""
+  return jax.random.randint(key, (batch, blocks), 0, size)
+
+
 def block_timesteps(
   key: Array, batch: int, latents: int, block_latents: int, table: flow.Table
 ) -> Array:
   """Draws one level of the table for each block: `[B, F]` float32 timesteps."""
-  size = table.timesteps.shape[0]
-  index = jax.random.randint(key, (batch, latents // block_latents), 0, size)
+  index = block_indices(key, batch, latents // block_latents, table.timesteps.shape[0])
   return jnp.repeat(jnp.asarray(table.timesteps)[index], block_latents, 1)
 
 
@@ -115,12 +126,10 @@ def given_latents(batch: Batch) -> Array:
   return given[:, None] & (jnp.arange(latents) == 0)
 
 
-def loss_mask(batch: Batch) -> Array | None:
-  """Mask of the loss with given latents taken out; None = every latent counts."""
-  if batch.first is None:
-    return batch.mask
+def loss_mask(batch: Batch) -> Array:
+  """Weight `[B, F]` of each latent in the loss, with given latents taken out."""
   mask = jnp.ones_like(batch.timesteps) if batch.mask is None else batch.mask
-  return jnp.where(given_latents(batch), 0.0, mask)
+  return mask if batch.first is None else jnp.where(given_latents(batch), 0.0, mask)
 
 
 class Inputs(NamedTuple):
@@ -149,7 +158,8 @@ def prepare(batch: Batch, table: flow.Table) -> Inputs:
   noisy = flow.add_noise(plus(batch.clean, of_latents), noise, sigmas)
   target = flow.velocity_target(batch.clean, noise)
   if times is not None:
-    context = flow.add_noise(batch.clean, batch.noise, flow.sigma_at(table, times))
+    context_noise = batch.noise if batch.context_noise is None else batch.context_noise
+    context = flow.add_noise(batch.clean, context_noise, flow.sigma_at(table, times))
   context = plus(context, of_context)
   if batch.first is not None:
     given = given_latents(batch)
@@ -162,6 +172,32 @@ def prepare(batch: Batch, table: flow.Table) -> Inputs:
   return Inputs(noisy, context, target, timesteps, times, sigmas, weights)
 
 
+class Estimate(NamedTuple):
+  """What the network made of a batch, `[B, F, H, W, C]` each.
+
+  Attributes:
+    clean: its estimate of the clean latents.
+    wrong: velocity less target.
+  """
+
+  clean: Array
+  wrong: Array
+
+
+def errors_of(batch: Batch, estimate: Estimate, table: flow.Table) -> tuple[Array, Array]:
+  """Errors of latents and of noise, to be recycled; none at given latents.
+
+  Source: spec/training.md section 4.3 (6); given latents are left out, see G15 there.
+  """
+  sigmas = flow.sigma_at(table, batch.timesteps)[..., None, None, None]
+  found = estimate.clean - batch.clean, (1.0 - sigmas) * estimate.wrong
+  if batch.first is None:
+    return found
+  given = given_latents(batch)[..., None, None, None]
+  latents, noise = (jnp.where(given, 0.0, error) for error in found)
+  return latents, noise
+
+
 def objective(
   network: Network,
   params: PyTree,
@@ -170,8 +206,8 @@ def objective(
   table: flow.Table,
   ops: Ops = REFERENCE,
   remat: str = "none",
-) -> tuple[Array, Array]:
-  """Loss and clean estimate of one batch.
+) -> tuple[Array, Estimate]:
+  """Loss and estimate of one batch.
 
   Args:
     network: declared DiT.
@@ -180,10 +216,10 @@ def objective(
     plan: teacher-forcing plan for F latents.
     table: training table of the schedule.
     ops: matmul, attend, norm.
-    remat: none | dots | inputs | full, see the network.
+    remat: see the network.
 
   Returns:
-    (loss scalar float32, clean estimate `[B, F, H, W, C]`).
+    (loss scalar float32, estimate).
   """
   inputs = prepare(batch, table)
   model = network.bind(params)
@@ -198,10 +234,8 @@ def objective(
     remat=remat,
     ops=ops,
   )
-  error = jnp.mean((velocity - inputs.target) ** 2, (2, 3, 4)) * inputs.weights
-  mask = loss_mask(batch)
-  if mask is None:
-    loss = jnp.mean(error)
-  else:
-    loss = jnp.sum(error * mask) / jnp.maximum(jnp.sum(mask), 1.0)
-  return loss, flow.to_clean(inputs.noisy, velocity, inputs.sigmas)
+  wrong = velocity - inputs.target
+  weights = loss_mask(batch)
+  total = jnp.maximum(jnp.sum(weights), 1.0) if batch.total is None else batch.total
+  loss = jnp.sum(jnp.mean(wrong**2, (2, 3, 4)) * inputs.weights * weights) / total
+  return loss, Estimate(flow.to_clean(inputs.noisy, velocity, inputs.sigmas), wrong)

@@ -49,7 +49,8 @@ def check(archive: Mapping[str, np.ndarray], config: dict) -> Iterator[Compared 
   plan = TeacherForcing(rope, borders)
 
   def loss(params: PyTree, batch: Batch) -> tuple[Array, Array]:
-    return objective(network, params, batch, plan, table)
+    value, estimate = objective(network, params, batch, plan, table)
+    return value, estimate.clean
 
   run = jax.jit(jax.value_and_grad(loss, has_aux=True))
   for case in sorted(key.removesuffix("/loss") for key in archive if key.endswith("/loss")):

@@ -1,0 +1,224 @@
+"""Where the clips of a step come from: the shapes world, or files.
+
+A feed is called with the number of updates done and gives `Clips`, placed on the mesh. It keeps the
+time that it waited for data.
+"""
+
+import time
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import logging
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from longlive_jax.config import Experiment
+from longlive_jax.model.rope import temporal_table
+from longlive_jax.parallel.halo import Windows, encode, split_windows, whole_clip
+from longlive_jax.parallel.mesh import local_part, replicate, split_batch
+from longlive_jax.sample.sampler import Models
+from longlive_jax.train import clips
+from longlive_jax.train.step import Clips, keys_of
+from longlive_jax.types import SAMPLES, SEQ, Array, PyTree
+
+ENCODED = 16  # clips of the shapes world encoded at a time
+
+
+class Feed(Protocol):
+  """Called with the updates done, gives the clips of the next one.
+
+  Attributes:
+    waited: seconds that the last call waited for data.
+  """
+
+  waited: float
+
+  def __call__(self, step: int) -> Clips: ...
+
+  def start(self, first_sample: int) -> None:
+    """Goes to where so many samples have been taken; comes before the first call."""
+    ...
+
+  def close(self) -> None:
+    """Ends what reads ahead."""
+    ...
+
+
+def text_dropout(
+  experiment: Experiment, models: Models
+) -> Callable[[Array, Array, Array, PyTree], Array]:
+  """`(key, tokens, masks [B, P, L], text parameters) -> prompts [B * P, L, E]`.
+
+  A share of the samples sees the negative prompt in all blocks.
+  """
+  share, dtype = experiment.train.prompt_dropout_share, experiment.model.text.dtype
+  nothing = models.tokenizer([experiment.sample.negative_prompt])
+
+  def prompts(key: Array, tokens: Array, masks: Array, text: PyTree) -> Array:
+    drop = jax.random.bernoulli(key, share, (tokens.shape[0], 1, 1))
+    ids, mask = (
+      jnp.where(drop, empty, a).reshape(-1, a.shape[-1])
+      for a, empty in zip((tokens, masks), nothing, strict=True)
+    )
+    return models.text.bind(text)(ids, mask, dtype=dtype)
+
+  return prompts
+
+
+class ShapesFeed:
+  """Clips of the shapes world: rendered and encoded once, kept as latents on every device."""
+
+  def __init__(self, experiment: Experiment, models: Models, mesh: Mesh):
+    vae, f = models.vae, experiment.model.block_latents
+    group = mesh.size * max(1, min(ENCODED, experiment.data.clips) // mesh.size)
+    bank = clips.make_bank(
+      experiment,
+      lambda params, video: vae.bind(params).encode(split_batch(video, mesh), f),
+      models.params["vae"],
+      models.tokenizer,
+      group,
+    )
+    logging.info("bank of %d clips, latents %s", experiment.data.clips, bank.latents.shape)
+    self.waited = 0.0
+    self._given = replicate((bank, models.params["text"]), mesh)
+    self._draw = jax.jit(draw_shapes(experiment, models, mesh))
+
+  def start(self, first_sample: int) -> None:
+    """Every step draws its own samples, so there is nothing to go to."""
+
+  def close(self) -> None:
+    """Nothing reads ahead."""
+
+  def __call__(self, step: int) -> Clips:
+    return self._draw(np.int32(step), *self._given)
+
+
+def draw_shapes(
+  experiment: Experiment, models: Models, mesh: Mesh
+) -> Callable[[Array, clips.Bank, PyTree], Clips]:
+  """Draws the samples of a step out of a bank: `(step, bank, text parameters) -> clips`."""
+  train, data = experiment.train, experiment.data
+  turns, prompts = clips.rotations(experiment), text_dropout(experiment, models)
+
+  def draw(step: Array, bank: clips.Bank, text: PyTree) -> Clips:
+    keys = keys_of(train.seed, step)
+    clip, blocks = clips.choose(keys.pick, bank, train.batch, data)
+    take = clip[:, None], blocks
+    clean = bank.latents[take].astype(jnp.float32)
+    clean = clean.reshape(train.batch, -1, *clean.shape[3:])
+    embeddings = prompts(keys.dropped, bank.tokens[take], bank.masks[take], text)
+    cos, sin = turns(bank, take, clean.shape[:2])
+    return split_batch(Clips(clean, embeddings, cos, sin), mesh)
+
+  return draw
+
+
+class FileFeed:
+  """Clips of video files or of latents computed before.
+
+  Frames are decoded, moved and encoded by the devices that own them, see `parallel.halo`.
+
+  Args:
+    experiment: checked experiment.
+    models: VAE and text encoder, placed on the mesh.
+    mesh: of the run.
+  """
+
+  def __init__(self, experiment: Experiment, models: Models, mesh: Mesh):
+    parallel, ranks = experiment.parallel, mesh.shape[SEQ]
+    self.experiment, self.models, self.mesh, self.waited = experiment, models, mesh, 0.0
+    latents = experiment.data.blocks * experiment.model.block_latents
+    self._videos = experiment.data.source == "videos"
+    self._split = not self._videos or (parallel.chunk_vae and ranks > 1)
+    windows = whole_clip(latents, ranks)
+    if self._videos and self._split:
+      windows = split_windows(latents, ranks, parallel.halo_latents)
+    own = latents // ranks
+    self._spans = (
+      windows.spans if self._videos else [(p * own, (p + 1) * own) for p in range(ranks)]
+    )
+    self._encode = jax.jit(encode_files(experiment, models, mesh, windows))
+    self._samples: Any = None
+
+  def start(self, first_sample: int) -> None:
+    from longlive_jax.data import pipeline  # needs PyAV and grain, which the shapes world does not
+
+    self.close()
+    rows, ranks = local_part(self.mesh, self.experiment.train.batch)
+    spans = [self._spans[rank] for rank in ranks] if self._split else self._spans[:1]
+    self._samples = pipeline.batches(
+      self.experiment,
+      self.models.tokenizer,
+      rows=rows,
+      windows=spans,
+      first_sample=first_sample,
+    )
+
+  def close(self) -> None:
+    if self._samples is not None:
+      self._samples.close()
+      self._samples = None
+
+  def __call__(self, step: int) -> Clips:
+    if self._samples is None:
+      raise RuntimeError("start() comes before the first step")
+    started = time.perf_counter()
+    sample = next(self._samples)
+    self.waited = time.perf_counter() - started
+    cos, sin = turns_of(self.experiment, sample.shots)
+    data = self._place(
+      sample.video if self._videos else sample.latents,
+      P(SAMPLES, SEQ) if self._split else P(SAMPLES),
+    )
+    rows = (sample.tokens, sample.masks, sample.valid, cos, sin)
+    params = self.models.params["vae"], self.models.params["text"]
+    return self._encode(np.int32(step), params, data, *(self._place(a, P(SAMPLES)) for a in rows))
+
+  def _place(self, local: np.ndarray, spec: P) -> Array:
+    return jax.make_array_from_process_local_data(NamedSharding(self.mesh, spec), local)
+
+
+def turns_of(experiment: Experiment, shots: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+  """Temporal rotations (cos, sin) `[B, F, P_t]` of clips with these shot numbers `[B, P]`."""
+  model, sample, f = experiment.model, experiment.sample, experiment.model.block_latents
+  starts = np.arange(shots.shape[1]) * float(f)
+  if not sample.relative_rope:
+    starts = starts + shots * sample.shot_offset_latents
+  starts = np.broadcast_to(starts, shots.shape)
+  positions = (starts[..., None] + np.arange(f)).reshape(len(shots), -1) * sample.t_scale
+  return temporal_table(positions, model.head_dim, model.rope_theta)
+
+
+def encode_files(
+  experiment: Experiment, models: Models, mesh: Mesh, windows: Windows
+) -> Callable[..., Clips]:
+  """What a device does with files: pixels to latents, tokens to embeddings."""
+  prompts = text_dropout(experiment, models)
+  latents = experiment.data.blocks * experiment.model.block_latents
+
+  def run(
+    step: Array,
+    params: tuple[PyTree, PyTree],
+    data: Array,
+    tokens: Array,
+    masks: Array,
+    valid: Array,
+    cos: Array,
+    sin: Array,
+  ) -> Clips:
+    vae, text = params
+    keys = keys_of(experiment.train.seed, step)
+    if data.dtype == jnp.uint8:
+      clean = encode(models.vae, vae, data, windows, mesh)
+    else:
+      clean = data.reshape(data.shape[0], latents, *data.shape[3:]).astype(jnp.float32)
+    embeddings = prompts(keys.dropped, tokens, masks, text)
+    mask = None
+    if experiment.data.pad:
+      mask = (jnp.arange(latents) < valid[:, None]).astype(jnp.float32)
+    return split_batch(Clips(clean, embeddings, cos, sin, mask), mesh)
+
+  return run

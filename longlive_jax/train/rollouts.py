@@ -1,0 +1,95 @@
+"""Videos made with the averaged weights during training: the sampler, as everywhere else.
+
+They change nothing of the run: weights are copied, and randomness is the scripts' own.
+"""
+
+import dataclasses
+from pathlib import Path
+
+import jax
+import numpy as np
+from absl import logging
+from jax.experimental import multihost_utils
+
+from longlive_jax.config import Experiment
+from longlive_jax.data import shapes
+from longlive_jax.data.prompts import Script, Shot, load_script
+from longlive_jax.model.dit import cast_params
+from longlive_jax.sample.sampler import Models, Sampler
+from longlive_jax.types import PyTree
+
+FOLDER = "videos"
+SHOWN = 2  # scripts of the shapes world, where none are given
+
+
+class Rollouts:
+  """Writes `WORKDIR/videos/STEP/NAME.mp4` for every script.
+
+  Args:
+    experiment: checked experiment; `io.evaluate_scripts` names a script or a folder of them.
+    models: networks, with the weights of the VAE and the text encoder.
+    workdir: of the run.
+
+  Raises:
+    FileNotFoundError, ValueError: there are no scripts, or one cannot be read.
+  """
+
+  def __init__(self, experiment: Experiment, models: Models, workdir: str | Path):
+    self.folder = Path(workdir) / FOLDER
+    self.scripts = find_scripts(experiment)
+    self.experiment, self.models = experiment, models
+    self.sampler: Sampler | None = None
+
+  def __call__(self, step: int, params: PyTree) -> None:
+    """Makes the videos of a step; in one process, while the others wait."""
+    dtype = self.experiment.model.dtype
+    here = jax.local_devices()[0]
+    dit = jax.device_put(cast_params(whole(params), dtype), here)
+    if jax.process_index() == 0:
+      self._write(step, dit, here)
+    if jax.process_count() > 1:
+      multihost_utils.sync_global_devices("rollouts")
+
+  def _write(self, step: int, dit: PyTree, device: jax.Device) -> None:
+    from longlive_jax.io.video import write_video  # needs PyAV, which training does not
+
+    others = {name: whole(tree) for name, tree in self.models.params.items() if name != "dit"}
+    params = jax.device_put(others, device) | {"dit": dit}
+    models = dataclasses.replace(self.models, params=params)
+    self.sampler = self.sampler or Sampler(models)
+    self.sampler.models = models
+    for name, script in self.scripts.items():
+      path = self.folder / f"{step:06d}" / f"{name}.mp4"
+      write_video(path, self.sampler.stream(script), self.experiment.video.fps)
+    logging.info("step %d: videos in '%s'", step, self.folder / f"{step:06d}")
+
+
+def whole(tree: PyTree) -> PyTree:
+  """Arrays on the host of this process, whatever devices hold them."""
+  if jax.process_count() > 1:
+    return multihost_utils.process_allgather(tree, tiled=True)
+  return jax.device_get(tree)
+
+
+def find_scripts(experiment: Experiment) -> dict[str, Script]:
+  """Name -> script of the evaluation."""
+  if not experiment.io.evaluate_scripts:
+    return {f"{number:02d}": of_shapes(experiment, number) for number in range(SHOWN)}
+  path = Path(experiment.io.evaluate_scripts)
+  files = (
+    sorted(f for f in path.iterdir() if f.suffix in (".json", ".txt")) if path.is_dir() else []
+  )
+  if path.is_dir() and not files:
+    raise ValueError(f"io.evaluate_scripts='{path}' is a folder without a .json or .txt script")
+  return {file.stem: load_script(file) for file in files or [path]}
+
+
+def of_shapes(experiment: Experiment, number: int) -> Script:
+  """Script of an unseen clip of two shots, as long as a training sample."""
+  blocks = experiment.data.blocks
+  lengths = [blocks - blocks // 2, blocks // 2] if blocks > 1 else [1]
+  frames = shapes.shot_frames(lengths, experiment.model.block_latents)
+  rng = np.random.default_rng((experiment.data.seed, number, 1))
+  clip = shapes.sample_clip(rng, frames, experiment.video)
+  shots = [Shot(shot.caption(), blocks=n) for shot, n in zip(clip.shots, lengths, strict=True)]
+  return Script(shots=tuple(shots), seed=number)
