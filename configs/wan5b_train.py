@@ -12,6 +12,8 @@ def get_config(variant: str = "") -> Experiment:
   check_choice("variant of configs/wan5b_train.py", variant, ("", "i2v"))
   config = Experiment(name="wan5b")
   config.model.vae.dtype = "bfloat16"
+  config.model.text.dtype = "bfloat16"
+  config.data.source, config.data.path = "videos", "data/videos"
   config.data.blocks = config.data.clip_blocks = 12
   config.sample.steps = 50
   config.sample.guidance = 3.0
@@ -24,6 +26,7 @@ def get_config(variant: str = "") -> Experiment:
   train.warmup_steps = 0
   train.beta1, train.beta2 = 0.0, 0.999
   train.weight_decay = 0.0
+  train.remat = "attention"
   train.ema, train.ema_start_step = 0.99, 100
   train.first_latent_share = float(variant == "i2v")
   config.io.checkpoint_every_steps = 15

@@ -193,6 +193,13 @@ def build_models(experiment: Experiment, mesh: Mesh | None = None) -> Models:
     params = load_networks(experiment, networks, folder, places)
   else:
     params = fresh_params(experiment, networks, places)
+  if places:  # a frozen encoder takes no more room than it is used with
+    narrow = jax.jit(
+      lambda tree: jax.tree.map(lambda a: a.astype(experiment.model.text.dtype), tree),
+      out_shardings=places["text"],
+      donate_argnums=0,
+    )
+    params["text"] = narrow(params["text"])
   return Models(
     experiment=experiment,
     dit=networks["dit"],

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from longlive_jax.model.ops import ATTENDED
+from longlive_jax.model.ops import ATTENDED, is_costly
 from longlive_jax.types import Array
 
 
@@ -132,6 +132,11 @@ def kept_bytes(linearised: Any) -> int:
   return sum(nbytes(v.aval) for v in kept)
 
 
+def named(x: Array, q: Array, k: Array) -> Array:
+  """A result of attention, under the name by which it is kept if it is worth it."""
+  return checkpoint_name(x, ATTENDED) if is_costly(q.shape[1], k.shape[1]) else x
+
+
 def kernel_attention(q: Array, k: Array, v: Array, lengths: Array | None = None) -> Array:
   """`dense_attention` as a fused kernel does it, for traces: shapes and results are the same.
 
@@ -162,9 +167,9 @@ def _logits(q: Array, k: Array) -> Array:
 
 def _forward(q: Array, k: Array, v: Array) -> tuple[Array, Any]:
   logits = _logits(q, k)
-  sums = checkpoint_name(jax.nn.logsumexp(logits, -1, keepdims=True), ATTENDED)
+  sums = named(jax.nn.logsumexp(logits, -1, keepdims=True), q, k)
   weights = jnp.exp(logits - sums).astype(v.dtype)
-  out = checkpoint_name(jnp.einsum("bnqk,bknd->bqnd", weights, v).astype(q.dtype), ATTENDED)
+  out = named(jnp.einsum("bnqk,bknd->bqnd", weights, v).astype(q.dtype), q, k)
   return out, (q, k, v, out, sums)
 
 

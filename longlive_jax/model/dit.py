@@ -22,13 +22,16 @@ from longlive_jax.model.attention import Cross, pair
 from longlive_jax.model.dit_layer import Head, Layer
 from longlive_jax.model.layers import Linear, Mlp, gelu, patchify, sinusoid, unpatchify
 from longlive_jax.model.module import Network, declare, stack_layers
-from longlive_jax.model.ops import ATTENDED, INPUT, PACKED, PRODUCT, REFERENCE, Ops, Plan
+from longlive_jax.model.ops import ATTENDED, INPUT, PACKED, PRODUCT, REFERENCE, Ops, Plan, is_costly
 from longlive_jax.types import Array, PyTree
 
 
-def _is_cudnn_attention(primitive: Any, *_: Any, **__: Any) -> bool:
-  """Results of cuDNN's forward, among them the sums that its backward needs."""
-  return primitive.name == "dot_product_attention_fwd_wrapper"
+def _is_cudnn_attention(primitive: Any, *avals: Any, **_: Any) -> bool:
+  """Results of cuDNN's self-attention, among them the sums that its backward needs."""
+  if primitive.name != "dot_product_attention_fwd_wrapper":
+    return False
+  queries, keys = avals[:2]
+  return is_costly(queries.shape[1], keys.shape[1])
 
 
 def _only(*names: str) -> Any:

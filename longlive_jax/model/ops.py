@@ -133,7 +133,13 @@ def dense_attention(q: Array, k: Array, v: Array, lengths: Array | None = None) 
     logits = jnp.where(seen[:, None, None], logits, -jnp.inf)
   weights = jax.nn.softmax(logits, -1).astype(v.dtype)
   out = jnp.einsum("bnqk,bknd->bqnd", weights, v, preferred_element_type=jnp.float32)
-  return checkpoint_name(out.astype(q.dtype), ATTENDED)
+  out = out.astype(q.dtype)
+  return checkpoint_name(out, ATTENDED) if is_costly(q.shape[1], k.shape[1]) else out
+
+
+def is_costly(queries: int, keys: int) -> bool:
+  """Whether an attention is worth keeping for the backward pass: not that to a short text."""
+  return keys >= queries
 
 
 def cudnn_attention(q: Array, k: Array, v: Array, lengths: Array | None = None) -> Array:

@@ -6,12 +6,7 @@ uninterrupted one would have done.
 
 import contextlib
 import json
-import math
-import signal
-import sys
-import threading
-import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +14,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from absl import logging
-from jax.experimental import multihost_utils
-from tqdm import tqdm
 
 from longlive_jax.config import Experiment, Train
 from longlive_jax.config.load import from_json, to_json
@@ -29,11 +22,10 @@ from longlive_jax.io.metrics import MetricWriter
 from longlive_jax.io.train_checkpoint import TrainCheckpointer
 from longlive_jax.train.rates import Work
 from longlive_jax.train.state import TrainState
+from longlive_jax.train.watch import TERMINATED, Log, Termination, not_finite, progress
 from longlive_jax.types import Array, PyTree
 
 Step = Callable[[TrainState], tuple[TrainState, dict[str, Array | float]]]
-
-TERMINATED = 143  # the exit code of a process that ends by SIGTERM
 
 CHECKPOINTS = "checkpoints"
 # Settings that may differ when a run goes on; all others must be as they were.
@@ -121,35 +113,48 @@ def run(
     FloatingPointError: the loss, or the parameters at a checkpoint, are not finite.
     SystemExit: SIGTERM came.
   """
-  cfg, every, rider = experiment.train, experiment.io.log_every_steps, rider or Rider()
+  rider = rider or Rider()
   with open_checkpoints(experiment, workdir) as checkpointer, contextlib.closing(rider):
     for name, there, here in changed_settings(experiment, workdir, checkpointer):
       logging.info("%s is %r from here on; it was %r", name, here, there)
     state = checkpointer.restore_latest(state)
-    done = int(state.step)
-    if done >= cfg.steps:
-      logging.info("nothing to do: %d steps are done, train.steps=%d", done, cfg.steps)
+    done, steps = int(state.step), experiment.train.steps
+    if done >= steps:
+      logging.info("nothing to do: %d steps are done, train.steps=%d", done, steps)
       return state
-    logging.info("steps %d to %d, in '%s'; compiling", done + 1, cfg.steps, workdir)
+    logging.info("steps %d to %d, in '%s'; compiling", done + 1, steps, workdir)
     rider.restore(done, checkpointer.latest_arrays(), checkpointer.latest_extra())
-    with open_metrics(workdir, done) as writer, Termination(every) as termination:
-      log = Log(cfg, writer, done, work or Work())
+    with open_metrics(workdir, done) as writer:
+      log = Log(experiment.train, writer, done, work or Work())
       saver = Saver(experiment, checkpointer, rider, log)
-      for number in progress(done, cfg.steps):
-        state, metrics = step(state)
-        log.flush()  # of an earlier step, while the device runs this one
-        last, ends = number == cfg.steps, termination.due(number)
-        if last or ends or number % every == 0:
-          log.keep(number, metrics)
-        if last or ends or checkpointer.is_due(number):
-          saver.save(number, state, force=last or ends)
-        if ends:
-          checkpointer.wait()
-          raise SystemExit(TERMINATED)
-        if rollouts is not None and number % experiment.io.evaluate_every_steps == 0:
-          log.flush()
-          rollouts(number, state.ema)
-          log.pause()
+      return updates(experiment, state, done, step, saver, log, rollouts)
+
+
+def updates(
+  experiment: Experiment,
+  state: TrainState,
+  done: int,
+  step: Step,
+  saver: "Saver",
+  log: Log,
+  rollouts: Callable[[int, PyTree], None] | None,
+) -> TrainState:
+  """The updates after `done` of a run; see `run`."""
+  steps, io = experiment.train.steps, experiment.io
+  with Termination(io.log_every_steps) as termination:
+    for number in progress(done, steps):
+      state, metrics = step(state)
+      log.flush()  # of an earlier step, while the device runs this one
+      last, ends = number == steps, termination.due(number)
+      if last or ends or number % io.log_every_steps == 0:
+        log.keep(number, metrics)
+      saver.save(number, state, force=last or ends)
+      if ends and not last:
+        raise SystemExit(TERMINATED)
+      if rollouts is not None and number % io.evaluate_every_steps == 0:
+        log.flush()
+        rollouts(number, state.ema)
+        log.pause()
   return state
 
 
@@ -157,57 +162,20 @@ class Saver:
   """Saves a run: state, what rides along, settings; never numbers that are not finite."""
 
   def __init__(
-    self, experiment: Experiment, checkpointer: TrainCheckpointer, rider: Rider, log: "Log"
+    self, experiment: Experiment, checkpointer: TrainCheckpointer, rider: Rider, log: Log
   ):
     self._experiment, self._checkpointer = experiment, checkpointer
     self._rider, self._log = rider, log
 
   def save(self, number: int, state: TrainState, *, force: bool) -> None:
-    """Saves the state after `number` updates, and writes the metrics that led there."""
+    """Saves the state after `number` updates if it is due, and writes the metrics until there."""
+    if not (force or self._checkpointer.is_due(number)):
+      return
     self._log.flush()
     check_params(self._experiment.train, number, state.params)
     arrays, extra = self._rider.snapshot()
     extra = {"config": json.loads(to_json(self._experiment)), **extra}
     self._checkpointer.save(number, state, extra, arrays, force=force)
-
-
-def progress(done: int, steps: int) -> Iterable[int]:
-  """Numbers of the updates to come, shown as a bar where somebody may be looking."""
-  numbers = range(done + 1, steps + 1)
-  hidden = not sys.stderr.isatty() or jax.process_index() != 0
-  return tqdm(numbers, initial=done, total=steps, unit="step", disable=hidden)
-
-
-class Termination:
-  """Notes SIGTERM instead of ending the process, so that a step can end and be saved.
-
-  Args:
-    every: steps between two agreements of several processes about it.
-  """
-
-  def __init__(self, every: int):
-    self._noted, self._every = False, every
-
-  def __enter__(self) -> "Termination":
-    self._before = signal.getsignal(signal.SIGTERM)
-    if threading.current_thread() is threading.main_thread():
-      signal.signal(signal.SIGTERM, self._note)
-    return self
-
-  def __exit__(self, *_: object) -> None:
-    if threading.current_thread() is threading.main_thread():
-      signal.signal(signal.SIGTERM, self._before)
-
-  def _note(self, *_: object) -> None:
-    self._noted = True
-
-  def due(self, step: int) -> bool:
-    """Whether the run ends after this step; the same in all processes."""
-    if jax.process_count() == 1:
-      return self._noted
-    return step % self._every == 0 and bool(
-      np.any(multihost_utils.process_allgather(np.asarray(self._noted)))
-    )
 
 
 def steps_done(experiment: Experiment, workdir: str | Path) -> int:
@@ -257,49 +225,6 @@ def changed_settings(
   return changed
 
 
-class Log:
-  """Metrics on their way to the host, fetched when the next step is already running.
-
-  Args:
-    cfg: names the settings when a loss is not finite.
-    writer: where they go; None writes nothing.
-    step: steps done before.
-    work: of an update.
-  """
-
-  def __init__(self, cfg: Train, writer: MetricWriter | None, step: int, work: Work):
-    self._cfg, self._writer, self._work = cfg, writer, work
-    self._step, self._time = step, time.perf_counter()
-    self._late: tuple[int, dict[str, Array | float]] | None = None
-
-  def keep(self, step: int, metrics: dict[str, Array | float]) -> None:
-    """Remembers what to write at the next `flush`."""
-    self._late = step, metrics
-
-  def pause(self) -> None:
-    """Leaves the time since the last `flush` out of the rates."""
-    self._time = time.perf_counter()
-
-  def flush(self) -> None:
-    """Writes what is remembered, if anything.
-
-    Raises:
-      FloatingPointError: the loss is not finite.
-    """
-    if self._late is None:
-      return
-    (step, metrics), self._late = self._late, None
-    values = {name: float(value) for name, value in jax.device_get(metrics).items()}
-    now = time.perf_counter()
-    values |= self._work.rates((now - self._time) / (step - self._step))
-    self._step, self._time = step, now
-    if self._writer is not None:
-      self._writer.write(step, values)
-    logging.info("step %d  %s", step, "  ".join(f"{n} {v:.4g}" for n, v in values.items()))
-    if not math.isfinite(values["loss"]):
-      raise not_finite(self._cfg, f"the loss is {values['loss']}", step)
-
-
 @jax.jit
 def all_finite(tree: PyTree) -> Array:
   """Whether no array of a tree holds NaN or infinity."""
@@ -310,11 +235,3 @@ def check_params(cfg: Train, step: int, params: PyTree) -> None:
   """Raises FloatingPointError rather than let NaN or infinity into a checkpoint."""
   if not all_finite(params):
     raise not_finite(cfg, "the parameters are not finite", step)
-
-
-def not_finite(cfg: Train, what: str, step: int) -> FloatingPointError:
-  """The error of a run that has diverged."""
-  return FloatingPointError(
-    f"{what} at step {step}: try a lower train.lr={cfg.lr:g} or train.clip_norm={cfg.clip_norm:g};"
-    " the run goes on from its newest checkpoint"
-  )

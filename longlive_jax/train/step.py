@@ -112,14 +112,16 @@ def draw_batch(experiment: Experiment, table: Table, keys: Keys, clips: Clips) -
   return batch_of
 
 
-def make_step(
-  experiment: Experiment, models: Models, optimizer: optax.GradientTransformation, mesh: Mesh
-) -> Step:
-  """The jitted update `(state, clips, errors or None) -> (state, metrics, made)`.
+class Part(NamedTuple):
+  """What the loss is computed of: a batch or a part of it, its rotations, the key of rounding."""
 
-  Samples, latents of a clip and parameters are split over `mesh`. The state is donated. `made` is
-  what error recycling keeps, errors of latents and noise in bfloat16, or None when it is off.
-  """
+  batch: Batch
+  turns: tuple[Array, Array]
+  key: Array
+
+
+def make_loss(experiment: Experiment, models: Models, mesh: Mesh) -> Callable[..., Any]:
+  """`(params, part) -> (loss, errors to recycle or None)`, split over `mesh`."""
   train, model = experiment.train, experiment.model
   table = training_table(model.shift, weighting=train.loss_weighting)
   latents = experiment.data.blocks * model.block_latents
@@ -129,7 +131,6 @@ def make_step(
   ops = models.ops
   if experiment.parallel.seq > 1:
     ops = dataclasses.replace(ops, attend=sequence_parallel(ops.dense, mesh))
-  places = state_places(models, optimizer, mesh)
 
   def loss(params: PyTree, part: Part) -> tuple[Array, tuple[Array, Array] | None]:
     batch = teacher_forcing.split(part.batch, mesh)
@@ -142,14 +143,36 @@ def make_step(
     made = teacher_forcing.errors_of(batch, estimate, table)
     return value, jax.tree.map(lambda a: a.astype(jnp.bfloat16), made)
 
+  return loss
+
+
+def make_part(
+  experiment: Experiment, step: Array | int, clips: Clips, errors: Errors | None
+) -> Part:
+  """What the loss of the step after `step` updates is computed of."""
+  table = training_table(experiment.model.shift)
+  keys = keys_of(experiment.train.seed, step)
+  batch = draw_batch(experiment, table, keys, clips)
+  batch = dataclasses.replace(batch, errors=errors or (None, None, None))
+  return Part(batch, (clips.cos, clips.sin), keys.rounding)
+
+
+def make_step(
+  experiment: Experiment, models: Models, optimizer: optax.GradientTransformation, mesh: Mesh
+) -> Step:
+  """The jitted update `(state, clips, errors or None) -> (state, metrics, made)`.
+
+  Samples, latents of a clip and parameters are split over `mesh`. The state is donated. `made` is
+  what error recycling keeps, errors of latents and noise in bfloat16, or None when it is off.
+  """
+  train, loss = experiment.train, make_loss(experiment, models, mesh)
+  places = state_places(models, optimizer, mesh)
+
   @functools.partial(jax.jit, donate_argnums=0, out_shardings=(places, None, None))
   def step(state: TrainState, clips: Clips, errors: Errors | None) -> Any:
-    keys = keys_of(train.seed, state.step)
-    batch = draw_batch(experiment, table, keys, clips)
-    batch = dataclasses.replace(batch, errors=errors or (None, None, None))
-    whole = Part(batch, (clips.cos, clips.sin), keys.rounding)
+    whole = make_part(experiment, state.step, clips, errors)
     value, made, gradients = accumulate(loss, state.params, whole, train.accumulate, places.params)
-    metrics = {"loss": value, "grad_norm": optax.global_norm(gradients)}
+    metrics = {"loss": value, "grad_norm": optax.tree.norm(gradients)}
     return apply_gradients(state, gradients, optimizer, train), metrics, made
 
   return step
@@ -159,14 +182,6 @@ def state_places(models: Models, optimizer: optax.GradientTransformation, mesh: 
   """Where the leaves of the training state live."""
   abstract = jax.eval_shape(lambda p: init_state(p, optimizer), models.dit.abstract)
   return shardings_of(abstract, DIT_RULES, mesh)
-
-
-class Part(NamedTuple):
-  """What the loss is computed of: a batch or a part of it, its rotations, the key of rounding."""
-
-  batch: Batch
-  turns: tuple[Array, Array]
-  key: Array
 
 
 def accumulate(

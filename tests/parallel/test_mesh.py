@@ -11,8 +11,9 @@ from longlive_jax.build import build_models
 from longlive_jax.config.load import load_config
 from longlive_jax.parallel.mesh import make_mesh, replicate, split_batch
 from longlive_jax.train import clips
-from longlive_jax.train.stages import ar_step
+from longlive_jax.train.feed import draw_shapes
 from longlive_jax.train.state import init_state, make_optimizer
+from longlive_jax.train.step import make_step
 from tests.launch.tiny import OVERRIDES
 
 COLLECTIVES = "all-reduce|all-gather|all-to-all|collective-permute|reduce-scatter"
@@ -49,9 +50,12 @@ def made(root):
   for count in (1, 8):
     mesh = make_mesh(8, devices=jax.devices()[:count])
     params = jax.tree.map(jnp.array, models.params["dit"])
-    given = replicate((init_state(params, optimizer), bank, models.params["text"]), mesh)
-    compiled = ar_step(experiment, models, optimizer, mesh).lower(*given).compile()
-    state, metrics = compiled(*given)
+    state, clip_bank, text = replicate(
+      (init_state(params, optimizer), bank, models.params["text"]), mesh
+    )
+    drawn = jax.jit(draw_shapes(experiment, models, mesh))(np.int32(0), clip_bank, text)
+    compiled = make_step(experiment, models, optimizer, mesh).lower(state, drawn, None).compile()
+    state, metrics, _ = compiled(state, drawn, None)
     found[count] = jax.device_get((metrics["loss"], state.params)), compiled.as_text()
   return found
 

@@ -111,7 +111,7 @@ def test_the_last_step_is_saved_and_the_run_goes_on_to_the_bit(tmp_path, whole):
   ("name", "step", "pause", "done"),
   [
     ("SIGKILL", 8, 0.5, {5}),
-    ("SIGTERM", 8, 0.0, {5}),
+    ("SIGTERM", 8, 0.0, {8}),
     ("SIGINT", 12, 0.0, {10}),
     ("SIGKILL", 11, 0.0, {5, 10}),  # perhaps while 10 is being written
   ],

@@ -61,14 +61,16 @@ def test_a_fresh_network_scores_the_weighted_square_of_the_target(batch: Batch):
   rope = expand(temporal_table(np.arange(F), CFG.head_dim, CFG.rope_theta), space)
   plan = TeacherForcing(rope, block_borders(F, 2, 2))
   loss = jax.jit(lambda p, b: objective(network, p, b, plan, TABLE))
-  value, clean = loss(network.init(0), batch)
+  value, estimate = loss(network.init(0), batch)
   target = np.asarray(batch.noise - batch.clean, np.float64)
   index = [[list(TABLE.timesteps).index(t) for t in row] for row in np.asarray(batch.timesteps)]
   weights = TABLE.weights[np.asarray(index)]
   error = (target**2).mean((2, 3, 4))
   np.testing.assert_allclose(value, (error * weights).mean(), rtol=1e-5)
   sigma = TABLE.sigmas[np.asarray(index)][..., None, None, None]
-  np.testing.assert_allclose(clean, (1 - sigma) * batch.clean + sigma * batch.noise, atol=1e-5)
+  np.testing.assert_allclose(
+    estimate.clean, (1 - sigma) * batch.clean + sigma * batch.noise, atol=1e-5
+  )
   masked = dataclasses.replace(batch, first=batch.clean[:, :1])
   error[:, 0] = 0.0
   expected = (error * weights).sum() / (B * (F - 1))

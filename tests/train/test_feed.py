@@ -1,4 +1,4 @@
-"""Batches of stage "ar": what is dropped, given and turned."""
+"""Clips and batches of stage "ar": what is dropped, given and turned."""
 
 import jax
 import jax.numpy as jnp
@@ -9,10 +9,12 @@ from longlive_jax.build import build_models
 from longlive_jax.config import Experiment
 from longlive_jax.config.load import load_config
 from longlive_jax.model.flow import training_table
+from longlive_jax.parallel.mesh import make_mesh, replicate
 from longlive_jax.sample.sampler import Models
 from longlive_jax.sample.schedule import SampleState, Schedule
 from longlive_jax.train import clips
-from longlive_jax.train.stages import batch_of
+from longlive_jax.train.feed import draw_shapes
+from longlive_jax.train.step import Clips, draw_batch, keys_of
 from longlive_jax.train.teacher_forcing import Batch
 from tests.launch.tiny import OVERRIDES
 
@@ -22,6 +24,16 @@ SHARES = {
   "train.batch": 400,
   "sample.relative_rope": False,
 }
+
+
+TABLE = training_table(3.0)
+
+
+def draw(experiment: Experiment, models: Models, bank: clips.Bank) -> Clips:
+  """What the step after three updates is given."""
+  mesh = make_mesh(experiment.train.batch)
+  text = replicate((bank, models.params["text"]), mesh)
+  return jax.jit(draw_shapes(experiment, models, mesh))(np.int32(3), *text)
 
 
 @pytest.fixture(scope="module")
@@ -35,9 +47,9 @@ def made(root) -> tuple[Experiment, Models, clips.Bank, Batch, tuple[jax.Array, 
     return jnp.concatenate([small, small[..., :1]], -1)
 
   bank = clips.make_bank(experiment, encode, None, models.tokenizer, group=4)
-  draw = batch_of(experiment, models, training_table(experiment.model.shift))
-  batch, turns = jax.jit(draw)(jax.random.key(0), bank, models.params["text"])
-  return experiment, models, bank, batch, turns
+  drawn = draw(experiment, models, bank)
+  batch = draw_batch(experiment, TABLE, keys_of(0, 3), drawn)
+  return experiment, models, bank, batch, (drawn.cos, drawn.sin)
 
 
 def test_a_share_of_the_samples_sees_the_negative_prompt_in_all_blocks(made):
@@ -75,8 +87,8 @@ def test_relative_positions_are_those_of_the_sampler_at_any_block(made, root):
   _, models, bank, *_ = made
   settings = {**OVERRIDES, "io.checkpoint": "", "sample.relative_rope": True, "train.batch": 4}
   relative = load_config(root / "configs/tiny.py", {**settings, "data.far_share": 1.0})
-  draw = batch_of(relative, models, training_table(relative.model.shift))
-  _, (cos, sin) = jax.jit(draw)(jax.random.key(0), bank, models.params["text"])
+  drawn = draw(relative, models, bank)
+  cos, sin = drawn.cos, drawn.sin
   schedule, states = Schedule.of(relative), (SampleState(),)
   for block in range(9):
     states, tables = schedule.enter(states, block, [block == 5])

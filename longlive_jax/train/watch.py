@@ -1,0 +1,111 @@
+"""What is watched while a run goes on: its metrics, SIGTERM, a bar for people."""
+
+import math
+import signal
+import sys
+import threading
+import time
+from collections.abc import Iterable
+
+import jax
+import numpy as np
+from absl import logging
+from jax.experimental import multihost_utils
+from tqdm import tqdm
+
+from longlive_jax.config import Train
+from longlive_jax.io.metrics import MetricWriter
+from longlive_jax.train.rates import Work
+from longlive_jax.types import Array
+
+TERMINATED = 143  # the exit code of a process that ends by SIGTERM
+
+
+def progress(done: int, steps: int) -> Iterable[int]:
+  """Numbers of the updates to come, shown as a bar where somebody may be looking."""
+  numbers = range(done + 1, steps + 1)
+  hidden = not sys.stderr.isatty() or jax.process_index() != 0
+  return tqdm(numbers, initial=done, total=steps, unit="step", disable=hidden)
+
+
+class Termination:
+  """Notes SIGTERM instead of ending the process, so that a step can end and be saved.
+
+  Args:
+    every: steps between two agreements of several processes about it.
+  """
+
+  def __init__(self, every: int):
+    self._noted, self._every = False, every
+
+  def __enter__(self) -> "Termination":
+    self._before = signal.getsignal(signal.SIGTERM)
+    if threading.current_thread() is threading.main_thread():
+      signal.signal(signal.SIGTERM, self._note)
+    return self
+
+  def __exit__(self, *_: object) -> None:
+    if threading.current_thread() is threading.main_thread():
+      signal.signal(signal.SIGTERM, self._before)
+
+  def _note(self, *_: object) -> None:
+    self._noted = True
+
+  def due(self, step: int) -> bool:
+    """Whether the run ends after this step; the same in all processes."""
+    if jax.process_count() == 1:
+      return self._noted
+    return step % self._every == 0 and bool(
+      np.any(multihost_utils.process_allgather(np.asarray(self._noted)))
+    )
+
+
+class Log:
+  """Metrics on their way to the host, fetched when the next step is already running.
+
+  Args:
+    cfg: names the settings when a loss is not finite.
+    writer: where they go; None writes nothing.
+    step: steps done before.
+    work: of an update.
+  """
+
+  def __init__(self, cfg: Train, writer: MetricWriter | None, step: int, work: Work):
+    self._cfg, self._writer, self._work = cfg, writer, work
+    self._step, self._time = step, time.perf_counter()
+    self._late: tuple[int, dict[str, Array | float]] | None = None
+
+  def keep(self, step: int, metrics: dict[str, Array | float]) -> None:
+    """Remembers what to write at the next `flush`."""
+    self._late = step, metrics
+
+  def pause(self) -> None:
+    """Leaves the time since the last `flush` out of the rates."""
+    self._time = time.perf_counter()
+
+  def flush(self) -> None:
+    """Writes what is remembered, if anything.
+
+    Raises:
+      FloatingPointError: the loss is not finite.
+    """
+    if self._late is None:
+      return
+    (step, metrics), self._late = self._late, None
+    values = {name: float(value) for name, value in jax.device_get(metrics).items()}
+    now = time.perf_counter()
+    values |= self._work.rates((now - self._time) / (step - self._step))
+    self._step, self._time = step, now
+    if self._writer is not None:
+      self._writer.write(step, values)
+    logging.info("step %d  %s", step, "  ".join(f"{n} {v:.4g}" for n, v in values.items()))
+    if not math.isfinite(values["loss"]):
+      raise not_finite(self._cfg, f"the loss is {values['loss']}", step)
+
+
+def not_finite(cfg: Train, what: str, step: int) -> FloatingPointError:
+  """The error of a run that has diverged."""
+  return FloatingPointError(
+    f"{what} at step {step}: try a lower train.lr={cfg.lr:g} or train.clip_norm={cfg.clip_norm:g};"
+    " the run goes on from its newest checkpoint"
+  )
