@@ -13,6 +13,7 @@ import dataclasses
 import functools
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from jax.tree_util import register_dataclass
 
@@ -95,7 +96,7 @@ class TeacherForcing:
     rope = self.rope
     if rope.cos.shape[0] > 1:
       rope = Rope(jnp.repeat(rope.cos, 2, 0), jnp.repeat(rope.sin, 2, 0))
-    q, k = rotate(q, rope), rotate(k, rope)
+    q, k, v = apart(rotate(q, rope)), apart(rotate(k, rope)), apart(v)
     outs = []
     for start, end in zip(self.borders[:-1], self.borders[1:], strict=True):
 
@@ -107,6 +108,27 @@ class TeacherForcing:
 
       outs.append(dense(q[:, start:end], seen(k), seen(v)))
     return jnp.concatenate(outs, 1), cache
+
+
+@jax.custom_vjp
+def apart(x: Array) -> Array:
+  """x, whose gradient is finished before anything is computed of it.
+
+  The gradients of keys and values are sums over blocks of as many shapes; a GPU compiler that fuses
+  these sums with what comes after them, reductions over tokens, makes both slow.
+  """
+  return x
+
+
+def _apart(x: Array) -> tuple[Array, None]:
+  return x, None
+
+
+def _finished(_: None, g: Array) -> tuple[Array]:
+  return (jax.lax.optimization_barrier(g),)
+
+
+apart.defvjp(_apart, _finished)
 
 
 def pair(a: Array, b: Array) -> Array:
