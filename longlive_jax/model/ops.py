@@ -51,16 +51,22 @@ Attend = Callable[[Array, Array, Array, Any, Array | int, Plan], tuple[Array, An
 Norm = Callable[[Array, Array, Array, float], Array]
 
 
+Axes = tuple[int, ...]
+
+
 def contract(
-  a: Array, b: Array, axes: tuple[int, int], dtype: jax.typing.DTypeLike = jnp.float32
+  a: Array,
+  b: Array,
+  axes: tuple[int, int] | tuple[Axes, Axes],
+  dtype: jax.typing.DTypeLike = jnp.float32,
 ) -> Array:
-  """Sum of products over one axis of each operand; the other axes of a, then those of b.
+  """Sum of products over an axis, or several, of each operand; the other axes of a, then of b.
 
   The sum is float32, the result `dtype`. Operands enter as they are. A CPU widens them first: that
   changes nothing, for float32 holds the product of two bfloat16 numbers, and its own bfloat16
   product lacks some shapes.
   """
-  dimensions = (((axes[0],), (axes[1],)), ((), ()))
+  dimensions = (tuple((axis,) if isinstance(axis, int) else axis for axis in axes), ((), ()))
 
   def narrow(a: Array, b: Array) -> Array:
     return jax.lax.dot_general(a, b, dimensions, preferred_element_type=dtype)
@@ -94,8 +100,8 @@ def _dgrad_wgrad(saved: tuple[Array, Array], g: Array) -> tuple[Array, Array]:
   x, w = saved
   narrow = g.astype(x.dtype)
   dx = contract(narrow, w.astype(x.dtype), (g.ndim - 1, 1), x.dtype)
-  rows, columns = x.reshape(-1, x.shape[-1]), narrow.reshape(-1, g.shape[-1])
-  return dx, contract(rows, columns, (0, 0)).astype(w.dtype)
+  tokens = tuple(range(x.ndim - 1))  # not reshaped to one axis, over which devices may be split
+  return dx, contract(x, narrow, (tokens, tokens)).astype(w.dtype)
 
 
 product.defvjp(_fprop, _dgrad_wgrad)

@@ -111,6 +111,15 @@ class Share:
     draw = jax.jit(lambda key: jax.random.randint(key, shape, 0, 200).astype(jnp.uint8))
     return draw(jax.random.key(1))
 
+  def compiled(self, part: str) -> tuple[Callable[..., Any], tuple[Any, ...]]:
+    """Executable and arguments of "vae" or "gradients"."""
+    if part == "vae":
+      arguments, run = (self.models.params["vae"], self.pixels()), jax.jit(self.encode)
+    else:
+      arguments = self.models.params["dit"], self.batch, self.plan
+      run = jax.jit(self.gradients)
+    return run.lower(*arguments).compile(), arguments
+
 
 def measure(
   experiment: Experiment,
@@ -124,19 +133,8 @@ def measure(
   Yields:
     A record for each case and part.
   """
-  runs: dict[tuple[int, str, str], tuple[Callable[..., Any], tuple[Any, ...]]] = {}
-  windows = {}
-  for ranks, layout in cases:
-    share = Share(experiment, models, ranks, layout)
-    windows[ranks, layout] = share.windows
-    if "gradients" in parts:
-      arguments = models.params["dit"], share.batch, share.plan
-      compiled = jax.jit(share.gradients).lower(*arguments).compile()
-      runs[ranks, layout, "gradients"] = compiled, arguments
-    if "vae" in parts:
-      arguments = models.params["vae"], share.pixels()
-      compiled = jax.jit(share.encode).lower(*arguments).compile()
-      runs[ranks, layout, "vae"] = compiled, arguments
+  shares = {case: Share(experiment, models, *case) for case in cases}
+  runs = {(*case, part): share.compiled(part) for case, share in shares.items() for part in parts}
   times: dict[Any, list[float]] = {name: [] for name in runs}
   for number in range(repeats + 1):
     for name, (run, arguments) in runs.items():
@@ -147,7 +145,7 @@ def measure(
   video = experiment.video
   for (ranks, layout, part), found in times.items():
     low, median, high = np.percentile(found, [10, 50, 90])
-    encoded = windows[ranks, layout].encoded
+    encoded = shares[ranks, layout].windows.encoded
     flops = encode_flops(experiment.model.vae, encoded, video.height, video.width)
     yield {
       "case": "work of one device",

@@ -21,7 +21,7 @@ from longlive_jax.model.flow import Table, training_table
 from longlive_jax.model.rope import expand, spatial_table
 from longlive_jax.parallel.mesh import split_batch
 from longlive_jax.parallel.rules import DIT_RULES, shardings_of
-from longlive_jax.parallel.ulysses import sequence_parallel
+from longlive_jax.parallel.split_ops import split_ops
 from longlive_jax.sample.sampler import Models
 from longlive_jax.train import teacher_forcing
 from longlive_jax.train.state import TrainState, apply_gradients, init_state
@@ -128,9 +128,7 @@ def make_loss(experiment: Experiment, models: Models, mesh: Mesh) -> Callable[..
   rows, columns = (n // model.patch for n in (experiment.latent_height, experiment.latent_width))
   space = spatial_table(rows, columns, model.head_dim, model.rope_theta)
   borders = block_borders(latents, model.block_latents, experiment.latent_tokens)
-  ops = models.ops
-  if experiment.parallel.seq > 1:
-    ops = dataclasses.replace(ops, attend=sequence_parallel(ops.dense, mesh))
+  ops = split_ops(models.ops, mesh)
 
   def loss(params: PyTree, part: Part) -> tuple[Array, tuple[Array, Array] | None]:
     batch = teacher_forcing.split(part.batch, mesh)

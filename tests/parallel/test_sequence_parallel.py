@@ -17,7 +17,7 @@ from longlive_jax.model.ops import REFERENCE
 from longlive_jax.model.rope import temporal_positions, video_rope
 from longlive_jax.parallel.mesh import make_mesh, split_batch
 from longlive_jax.parallel.rules import DIT_RULES, shardings_of
-from longlive_jax.parallel.ulysses import sequence_parallel
+from longlive_jax.parallel.split_ops import split_ops
 from longlive_jax.train import teacher_forcing
 from longlive_jax.types import Array, PyTree
 
@@ -77,7 +77,7 @@ def loss_and_gradients(params: PyTree, batch: teacher_forcing.Batch, mesh: Mesh 
   ops, rope = REFERENCE, temporal_positions(0, LATENTS, np.asarray([[0.0] * 8, [8.0] * 8]))
   tables = video_rope(rope, SIZE // 2, SIZE // 2, CFG.head_dim)
   if mesh is not None:
-    ops = dataclasses.replace(ops, attend=sequence_parallel(ops.dense, mesh))
+    ops = split_ops(ops, mesh)
     params = jax.device_put(params, shardings_of(params, DIT_RULES, mesh))
 
   @jax.jit
@@ -108,20 +108,38 @@ def test_loss_and_gradients_are_those_of_one_device(params, alone, fsdp, seq, la
   loss, gradients, _ = loss_and_gradients(params, batch_of(masked), mesh)
   expected, wanted, _ = alone[masked]
   np.testing.assert_allclose(loss, expected, rtol=1e-6)
+  # plain: gradients of context and target are summed apart, which rounds otherwise (1.1e-6 seen)
+  close = 1e-6 if layout == "balanced" else 2e-6
   for ours, theirs in zip(jax.tree.leaves(gradients), jax.tree.leaves(wanted), strict=True):
-    np.testing.assert_allclose(ours, theirs, atol=1e-6 * max(np.abs(theirs).max(), 1e-6))
+    np.testing.assert_allclose(ours, theirs, rtol=0, atol=close * max(np.abs(theirs).max(), 1e-6))
 
 
-def test_forward_has_two_exchanges_a_layer_and_gathers_no_tokens(params):
+def compiled_text(params: PyTree, gradients: bool) -> str:
+  """Of the loss on four devices a clip, or of the loss with its gradients."""
   mesh = make_mesh(BATCH, 1, 4)
-  ops = dataclasses.replace(REFERENCE, attend=sequence_parallel(REFERENCE.dense, mesh))
+  ops, places = split_ops(REFERENCE, mesh), shardings_of(params, DIT_RULES, mesh)
   rope = video_rope(temporal_positions(0, LATENTS), SIZE // 2, SIZE // 2, CFG.head_dim)
 
-  @jax.jit
-  def forward(params: PyTree, batch: teacher_forcing.Batch) -> Array:
+  def loss(params: PyTree, batch: teacher_forcing.Batch) -> Array:
     batch, plan = teacher_forcing.split(batch, mesh), TeacherForcing(rope, BORDERS)
     return teacher_forcing.objective(NETWORK, params, batch, plan, TABLE, ops)[0]
 
-  text = forward.lower(params, batch_of(False)).compile().as_text()
+  run = jax.jit(jax.grad(loss), out_shardings=places) if gradients else jax.jit(loss)
+  given = jax.device_put(params, places) if gradients else params
+  return run.lower(given, batch_of(False)).compile().as_text()
+
+
+def test_forward_has_two_exchanges_a_layer_and_gathers_no_tokens(params):
+  text = compiled_text(params, gradients=False)
   assert len(re.findall(r" all-to-all\(", text)) == 2  # in the body of the scan over layers
   assert "all-gather" not in text and "collective-permute" not in text
+
+
+def test_backward_has_two_more_and_gathers_parameters_alone(params):
+  """Left to itself the compiler moves activations a dozen times a layer."""
+  text = compiled_text(params, gradients=True)
+  assert len(re.findall(r" all-to-all\(", text)) == 4
+  assert "collective-permute" not in text
+  widths = {CFG.width, CFG.ffn_width, 6 * CFG.width, CFG.frequency_width, CFG.text.width}
+  for shape in re.findall(r"= f32\[([0-9,]*)\]\S* all-gather\(", text):
+    assert set(map(int, shape.split(","))) <= widths, shape
