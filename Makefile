@@ -22,7 +22,8 @@ demo:
 
 test:
 	@.ci/setup dev
-	$(BIN)/python -m pytest -q -n $(WORKERS) --dist loadfile -m "not gpu"
+	$(BIN)/python -m pytest -q -n $(WORKERS) --dist loadfile --no-loadscope-reorder \
+	  -m "not gpu"
 
 lint:
 	@.ci/setup dev

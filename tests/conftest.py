@@ -8,6 +8,17 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 DEVICES = 8
+# Files that take longest, with these first, no worker is left with one of them at the end.
+SLOWEST = (
+  "parity/test_parity.py",
+  "sample/test_quantised.py",
+  "quant/test_training_memory.py",
+  "parallel/test_sequence_parallel.py",
+  "test_readme.py",
+)
+# Folders whose tests compare what JAX computes with what it computes in another way, within
+# float32 rounding. They spend nearly all their time compiling.
+COMPILED_QUICKLY = ("launch", "model", "parallel", "sample", "train")
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("JAX_NUM_CPU_DEVICES", str(DEVICES))
@@ -21,7 +32,9 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-  """Skips tests marked `gpu` where there is no GPU, and says so."""
+  """Puts the slowest files first; skips tests marked `gpu` where there is no GPU, and says so."""
+  rank = {ROOT / "tests" / name: place for place, name in enumerate(SLOWEST)}
+  items.sort(key=lambda item: rank.get(item.path, len(rank)))
   marked = [item for item in items if item.get_closest_marker("gpu")]
   if not marked:
     return
@@ -30,6 +43,23 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
   if not any(device.platform == "gpu" for device in jax.devices()):
     for item in marked:
       item.add_marker(pytest.mark.skip(reason="no NVIDIA GPU among jax.devices()"))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def compiled_quickly(request: pytest.FixtureRequest) -> None:
+  """On a CPU, turns LLVM's optimisation off for the folders in `COMPILED_QUICKLY`.
+
+  XLA still does to a program what it always does; but its kernels are not vectorised, and products
+  are not fused into sums. What is compared to the bit with something else than JAX, or with
+  recorded numbers, is optimised in full.
+  """
+  import jax
+
+  quickly = os.environ["JAX_PLATFORMS"] == "cpu" and request.path.parent.name in COMPILED_QUICKLY
+  os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = str(quickly)  # of programs that a test starts
+  if jax.config.read("jax_disable_most_optimizations") != quickly:
+    jax.config.update("jax_disable_most_optimizations", quickly)
+    jax.clear_caches()  # which do not know how they were compiled
 
 
 @pytest.fixture(scope="session")
