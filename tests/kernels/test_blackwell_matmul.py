@@ -1,3 +1,5 @@
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -19,6 +21,7 @@ def shapes(m, n, k):
   return x, next(tiles), w, next(tiles), s((), jnp.float32)
 
 
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
 def operands(m, n, k):
   """Quantised x and w, and the arguments of the kernel made from them."""
   key = jax.random.key(0)
@@ -40,16 +43,21 @@ def test_scale_tiles_are_those_of_the_tensor_core():
     assert place == scales[row, column]
 
 
+def reference(arguments):
+  run = functools.partial(blackwell_matmul.block_scaled_reference, out_dtype=jnp.float32)
+  return jax.jit(run)(*arguments)
+
+
 def test_reference_is_the_product_of_the_scale_free_operands():
   x, w, arguments = operands(9, 128, 256)
-  y = blackwell_matmul.block_scaled_reference(*arguments, out_dtype=jnp.float32)
+  y = reference(arguments)
   exact = np.asarray(scale_free(x), float) @ np.asarray(scale_free(w), float).T
   np.testing.assert_allclose(y, exact * float(arguments[-1]), rtol=0, atol=1e-5)
 
 
 def test_reference_is_scaled_matmul():
   x, w, arguments = operands(9, 128, 256)
-  y = blackwell_matmul.block_scaled_reference(*arguments, out_dtype=jnp.float32)
+  y = reference(arguments)
   plain = jax.nn.scaled_matmul(
     blackwell_matmul.as_fp4(x.codes)[None],
     blackwell_matmul.as_fp4(w.codes)[None],

@@ -1,5 +1,7 @@
 """Reading the packed cache in one launch: interpreted and lowered, against the plain reading."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -20,12 +22,13 @@ def filled(shape: tuple[int, ...], rule: str = "mse") -> QTensor:
   x = jax.random.normal(jax.random.key(0), shape)
   scale = 10.0 ** jnp.arange(np.prod(shape[:3]), dtype=jnp.float32).reshape(*shape[:3], 1, 1)
   x = jnp.where(jnp.arange(shape[0]).reshape(-1, 1, 1, 1, 1) == 0, 0.0, x * scale * 1e-9)
-  return quantise(x.astype(jnp.bfloat16), Spec(rule, lead=3))
+  return jax.jit(quantise, static_argnums=1)(x.astype(jnp.bfloat16), Spec(rule, lead=3))
 
 
 CACHE = filled((LAYERS, BATCH, SLOTS, ROWS, DIM))
 
 
+@functools.partial(jax.jit, static_argnums=(1, 2))
 def plain(q: QTensor, layer: int, level: int) -> jax.Array:
   return dequantise(
     QTensor(*(a[layer, :, :level] for a in (q.codes, q.scales, q.amax)), q.rule), jnp.bfloat16
@@ -41,10 +44,9 @@ def test_every_code():
 @pytest.mark.parametrize(("layer", "level", "steps"), [(0, 1, 1), (1, 2, 2), (2, 3, 4), (2, 3, 9)])
 def test_slots_are_those_of_the_plain_reading(layer, level, steps):
   """5 steps a slot: tiles that fit, that overlap, and one that is all of it."""
+  read = jax.jit(dequantise_slots, static_argnums=(4, 5))
   with interpreted():
-    ours = dequantise_slots(
-      CACHE.codes, CACHE.scales, unit_of(CACHE), jnp.int32(layer), level, Tuning(steps)
-    )
+    ours = read(CACHE.codes, CACHE.scales, unit_of(CACHE), np.int32(layer), level, Tuning(steps))
   theirs = plain(CACHE, layer, level)
   assert ours.shape == theirs.shape and ours.dtype == jnp.bfloat16
   bits = [np.asarray(a).view(np.uint16) for a in (ours, theirs)]

@@ -1,4 +1,5 @@
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +17,9 @@ TINY = hopper_tuning.Tuning(tile_m=128, packed_stages=2, x_stages=2, subnormals=
 WIDTHS = [(3072, 14336), (14336, 3072)]
 
 
+repack = jax.jit(hopper_layout.repack)
+
+
 def random_weight(seed, n, k):
   """Codes 0..15 `[N, K]`, scales `[N, K / 16]` of many magnitudes, and float64 `q * s`."""
   rng = np.random.default_rng(seed)
@@ -27,13 +31,13 @@ def random_weight(seed, n, k):
 
 def tiled(codes, scales):
   """What the kernel takes, made from codes one a byte."""
-  return hopper_layout.repack(jnp.asarray(codes[:, ::2] | codes[:, 1::2] << 4), jnp.asarray(scales))
+  return repack(codes[:, ::2] | codes[:, 1::2] << 4, scales)
 
 
 def test_words_hold_each_code_where_the_module_says():
   codes, scales, _ = random_weight(0, 3, 128)
   words, moved = tiled(codes, scales)
-  words = np.asarray(words).view(np.uint16)  # the even column low
+  words, moved = np.asarray(words).view(np.uint16), np.asarray(moved)  # the even column low
   for row, column in np.ndindex(3, 128):
     tile, block, place = column // 64, column % 64 // 16, column % 16
     word = int(words[tile, row, place])
@@ -47,18 +51,23 @@ def test_unrepack_is_the_inverse_for_stacked_weights():
   rng = np.random.default_rng(1)
   codes = jnp.asarray(rng.integers(0, 256, (2, 4, 96), np.uint8))
   scales = jnp.asarray(rng.uniform(0, 448, (2, 4, 12)), jnp.float8_e4m3fn)
-  words, moved = hopper_layout.repack(codes, scales)
+  words, moved = repack(codes, scales)
   assert words.shape == (2, 3, 4, 8) and moved.shape == (2, 3, 4, 4)
-  back = hopper_layout.unrepack(words, moved)
+  back = jax.jit(hopper_layout.unrepack)(words, moved)
   assert (back[0] == codes).all() and (back[1] == scales).all()
 
 
 def test_expand_is_the_scale_free_weight():
   w = jax.random.normal(jax.random.key(0), (16, 128), jnp.float32)
-  q = quantise(w, Spec("mse"))
-  words = hopper_layout.repack(q.codes, q.scales)
-  np.testing.assert_array_equal(hopper_layout.expand(*words), scale_free(q).astype(jnp.float32))
+  q = jax.jit(quantise, static_argnums=1)(w, Spec("mse"))
+  words = repack(q.codes, q.scales)
+  weight = jax.jit(hopper_layout.expand)(*words)
+  np.testing.assert_array_equal(weight, jax.jit(scale_free)(q).astype(jnp.float32))
   assert unpack(q.codes).max() > 7
+
+
+def product(*arguments, **options):
+  return jax.jit(functools.partial(hopper_matmul.packed_matmul, **options))(*arguments)
 
 
 def every_code_and_scale():
@@ -74,9 +83,7 @@ def test_every_code_with_every_scale_is_exact():
   x, weight, expected = every_code_and_scale()
   tuning = dataclasses.replace(TINY, tile_m=64, multipliers=1)
   with interpreted():
-    y = hopper_matmul.packed_matmul(
-      x, *weight, jnp.float32(1), out_dtype=jnp.float32, tuning=tuning
-    )
+    y = product(x, *weight, np.float32(1), out_dtype=jnp.float32, tuning=tuning)
   np.testing.assert_array_equal(y, expected)
 
 
@@ -99,9 +106,7 @@ def test_product(case):
   x = jax.random.normal(jax.random.key(3), (m, k), jnp.bfloat16)
   tuning = dataclasses.replace(TINY, **changes)
   with interpreted():
-    y = hopper_matmul.packed_matmul(
-      x, *tiled(codes, scales), jnp.float32(0.37), out_dtype=jnp.float32, tuning=tuning
-    )
+    y = product(x, *tiled(codes, scales), np.float32(0.37), out_dtype=jnp.float32, tuning=tuning)
   x = np.asarray(x, float)
   error = np.abs(np.asarray(y) - x @ w.T * np.float32(0.37)) / (np.abs(x) @ np.abs(w.T))
   assert y.shape == (m, n)

@@ -50,7 +50,11 @@ def _largest(x):
 
 def _interpreted(function, x, amax, rule, steps=2):
   with plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams()):
-    return function(x, jnp.asarray(amax, jnp.float32), rule, Tuning(steps=steps))
+    run = jax.jit(function, static_argnums=(2, 3))
+    return run(x, np.float32(amax), rule, Tuning(steps=steps))
+
+
+_quantised = jax.jit(quantise, static_argnums=1)
 
 
 def _errors(x, codes, scales, amax, rule):
@@ -83,7 +87,7 @@ def test_codes_are_those_of_quant(name, rule):
   x = INPUTS[name]
   amax = _largest(x)
   ours = _interpreted(quantise_rows, x, amax, rule)
-  theirs = quantise(x, Spec(rule.name, exact=True), amax=amax)
+  theirs = _quantised(x, Spec(rule.name, exact=True), amax=amax)
   assert ours[0].shape == theirs.codes.shape and ours[0].dtype == jnp.uint8
   assert ours[1].shape == theirs.scales.shape and ours[1].dtype == jnp.float8_e4m3fn
   differ = _check_same(x, amax, rule, ours, (theirs.codes, theirs.scales))
@@ -97,7 +101,7 @@ def test_amax_that_is_not_the_largest(rule, factor):
   x = INPUTS["decades"]
   amax = _largest(x) * np.float32(factor)
   ours = _interpreted(quantise_rows, x, amax, rule)
-  theirs = quantise(x, Spec(rule.name, exact=True), amax=amax)
+  theirs = _quantised(x, Spec(rule.name, exact=True), amax=amax)
   assert _check_same(x, amax, rule, ours, (theirs.codes, theirs.scales)) <= 2
   codes = np.asarray(unpack(ours[0]))
   assert (factor > 1 or (codes & 7 == 7).sum() > 500) and np.asarray(ours[1]).any()
@@ -121,7 +125,7 @@ def test_jnp_reference(name, rule):
 def test_fake_values_are_the_codes_dequantised(name):
   x, amax, rule = INPUTS[name], _largest(INPUTS[name]), RULES["mse"]
   codes, scales = _interpreted(quantise_rows, x, amax, rule)
-  packed = dataclasses.replace(quantise(x, Spec("mse"), amax=amax), codes=codes, scales=scales)
+  packed = dataclasses.replace(_quantised(x, Spec("mse"), amax=amax), codes=codes, scales=scales)
   values = _interpreted(fake_quantise_rows, x, amax, rule)
   bits = [np.asarray(each).view(np.uint16) for each in (values, scale_free(packed))]
   np.testing.assert_array_equal(*bits)
@@ -163,7 +167,7 @@ def test_round_amax(name, amax):
   """Then scales are ties of E4M3, and the last bit of a sixth decides."""
   x = jnp.clip(INPUTS["normal"], -amax, amax)
   ours = _interpreted(quantise_rows, x, amax, RULES[name])
-  theirs = quantise(x, Spec(name, exact=True), amax=jnp.float32(amax))
+  theirs = _quantised(x, Spec(name, exact=True), amax=np.float32(amax))
   assert _check_same(x, amax, RULES[name], ours, (theirs.codes, theirs.scales)) <= 1
 
 
@@ -172,7 +176,7 @@ def test_ragged_rows(rows, steps):
   """5, 130, 255, 260 and 385 blocks: less than a step, and tiles that overlap."""
   x, rule = INPUTS["normal"][:rows], RULES["static_6"]
   ours = _interpreted(quantise_rows, x, 4.0, rule, steps)
-  theirs = quantise(x, Spec("static_6", exact=True), amax=jnp.float32(4))
+  theirs = _quantised(x, Spec("static_6", exact=True), amax=np.float32(4))
   assert _check_same(x, 4.0, rule, ours, (theirs.codes, theirs.scales)) == 0
 
 

@@ -26,6 +26,9 @@ SOURCES = {"transpose": "transpose_src", "pad": "pad_src", "rht/heavy": "heavy",
 WIDE = ("normal_f32",)  # inputs that are not bfloat16
 
 quantised = jax.jit(quantise, static_argnums=1, static_argnames="semantics")
+dequantised = jax.jit(dequantise, static_argnums=1, static_argnames="exact")
+unpacked = jax.jit(unpack)
+values_of = jax.jit(lambda codes: e2m1_decode(unpack(codes)))
 
 
 def check(archive: Mapping[str, np.ndarray], config: dict) -> Iterator[Compared | Refused]:
@@ -71,15 +74,16 @@ def check_case(archive: Mapping[str, np.ndarray], match: re.Match[str]) -> Itera
   for name, dtype in (("dequant_f32", jnp.float32), ("dequant_bf16", jnp.bfloat16)):
     if prefix + name in archive:
       golden = archive[prefix + name]
-      yield compare_share(prefix + name, dequantise(q, dtype, exact=True), golden)
+      yield compare_share(prefix + name, dequantised(q, dtype, exact=True), golden)
       if dtype == jnp.float32:
-        ours = dequantise(q, dtype)
+        ours = dequantised(q, dtype)
         yield compare(f"{prefix}{name} (fast)", ours, golden, 0.0, DEQUANTISED)
   if kind == "stoch":  # its noise goes with the other semantics
     return
   yield from check_fast(archive, prefix, x, Spec(**options))
 
 
+@jax.jit
 def derived(q: QTensor) -> dict[str, jax.Array]:
   """The recorded forms of a quantised matrix, padded to whole tiles."""
   codes, swizzled, amax = to_tiles(q)
@@ -108,10 +112,10 @@ def check_fast(
     keep = ~lost.reshape(lost.shape[0], -1, 16).any(-1).repeat(16, -1)
     if not find_rule(spec.rule).error:
       exact = derived(quantised(x, Spec(spec.rule, exact=True)))
-      ours = unpack(exact["codes_packed"]) != unpack(jnp.asarray(codes))
+      ours = np.asarray(unpacked(exact["codes_packed"])) != np.asarray(unpacked(codes))
       yield compare_share(mask, ours, lost)
   ours = derived(quantised(x, spec))
-  values = [np.asarray(e2m1_decode(unpack(jnp.asarray(c)))) for c in (ours["codes_packed"], codes)]
+  values = [np.asarray(values_of(c)) for c in (ours["codes_packed"], codes)]
   yield compare_share(f"{names[0]} (fast)", values[0][keep], values[1][keep], FAST)
   kept = keep[:, ::16]
   shares = np.asarray(ours["scales_u8"])[kept], scales[kept]
@@ -125,10 +129,16 @@ def check_product(archive: Mapping[str, np.ndarray], name: str) -> Compared:
   two_d = right.endswith("_2d")
   a = operand(archive["in/mm_a"], Spec(left, exact=True), REFERENCE)
   b = operand(archive["in/mm_b"], Spec(right.removesuffix("_2d"), two_d, exact=True), REFERENCE)
-  sums = jnp.dot(scale_free(a), scale_free(b).T, preferred_element_type=jnp.float32)
-  ours, golden = (sums * (unit_of(a) * unit_of(b))).astype(dtype), archive[name]
+  ours, golden = product(a, b).astype(dtype), archive[name]
   rtol = PRODUCT if dtype == "float32" else BFLOAT16_STEP
   return compare(name, ours, golden, PRODUCT * float(np.abs(golden).max()), rtol)
+
+
+@jax.jit
+def product(a: QTensor, b: QTensor) -> jax.Array:
+  """`a @ b.T` of quantised matrices, float32."""
+  sums = jnp.dot(scale_free(a), scale_free(b).T, preferred_element_type=jnp.float32)
+  return sums * (unit_of(a) * unit_of(b))
 
 
 def operand(x: np.ndarray, spec: Spec, semantics: Semantics) -> QTensor:

@@ -15,6 +15,7 @@ from tests.parity.records import Compared, Refused, compare_share
 from tests.parity.semantics import CUDA, REFERENCE, TRITON
 
 CASE = re.compile(r"(\w+)/(\w+)/([12])d/(\w+)/values")
+unswizzled = jax.jit(unswizzle, static_argnums=(1, 2))
 SEMANTICS = {"ref": REFERENCE, "cuda": CUDA, "triton": TRITON}
 
 
@@ -43,19 +44,18 @@ def check_case(archive: Mapping[str, np.ndarray], match: re.Match[str]) -> Itera
   yield compare_share(
     f"{prefix}values (fast)", decoded(ours["values"]), decoded(golden["values"]), FAST
   )
-  scales = [
-    unswizzle(jnp.asarray(a["scale_factors"]), *x.shape[:1], x.shape[1] // 16)
-    for a in (ours, golden)
-  ]
+  scales = [unswizzled(a["scale_factors"], *x.shape[:1], x.shape[1] // 16) for a in (ours, golden)]
   yield compare_share(f"{prefix}scale_factors (fast)", *scales, FAST)
 
 
+@jax.jit
 def stored(q: QTensor) -> dict[str, jax.Array]:
   """The recorded form of a quantised matrix."""
   codes, scales, amax = to_tiles(q)
   return {"values": codes, "scale_factors": scales.view(jnp.uint8), "amax": amax[None]}
 
 
+@jax.jit
 def decoded(packed: jax.Array | np.ndarray) -> jax.Array:
   """E2M1 values of packed codes."""
-  return e2m1_decode(unpack(jnp.asarray(packed)))
+  return e2m1_decode(unpack(packed))

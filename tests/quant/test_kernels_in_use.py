@@ -39,12 +39,14 @@ def same_bits(a: Array, b: Array) -> None:
 
 def test_inputs_of_layers():
   x = draw(64, 64)
+  both = jax.jit(
+    lambda x, recipe: (input_operand(x, recipe), packed_input(x, recipe)), static_argnums=1
+  )
   with interpreted():
-    ours, packed = input_operand(x, RECIPE), packed_input(x, RECIPE)
-  theirs = input_operand(x, PLAIN)
+    ours, packed = both(x, RECIPE)
+  theirs, plain = both(x, PLAIN)
   same_bits(ours.values, theirs.values)
   assert ours.unit == theirs.unit
-  plain = packed_input(x, PLAIN)
   np.testing.assert_array_equal(packed.codes, plain.codes)
   same_bits(packed.scales, plain.scales)
   assert (packed.shape, packed.rule, packed.blocks) == (plain.shape, plain.rule, plain.blocks)
@@ -60,10 +62,11 @@ def test_a_shared_input_can_be_differentiated():
   assert [a.shape for a in jax.eval_shape(jax.grad(loss, (0, 1)), *shapes)] == [(64, 64)] * 2
 
 
-def exchange(cache: QuantisedKVCache) -> tuple[QuantisedKVCache, Array, Array]:
+@jax.jit
+def exchange(
+  cache: QuantisedKVCache, first: tuple[Array, Array], second: tuple[Array, Array]
+) -> tuple[QuantisedKVCache, Array, Array]:
   """Two blocks into two slots of layer 1; what the second attends to, without being kept."""
-  first = (draw(*BLOCK_SHAPE), 3.0 * draw(*BLOCK_SHAPE, seed=1))
-  second = (draw(*BLOCK_SHAPE, seed=2), draw(*BLOCK_SHAPE, seed=3))
   layer, slots = jnp.int32(1), jnp.zeros(2, jnp.int32)
   cache, _, _ = cache.exchange(layer, slots, *first, 1, True)
   cache, _, _ = cache.exchange(layer, slots + 1, *second, 2, True)
@@ -74,9 +77,13 @@ def exchange(cache: QuantisedKVCache) -> tuple[QuantisedKVCache, Array, Array]:
 def test_cache(smoothing):
   samples, tokens, heads, dim = BLOCK_SHAPE
   shape = (2, samples, 3, tokens, heads, dim)
+  blocks = [draw(*BLOCK_SHAPE, seed=seed) for seed in range(4)]
+  first, second = (blocks[0], 3.0 * blocks[1]), (blocks[2], blocks[3])
   with interpreted():
-    ours = exchange(empty_quantised_cache(shape, "bfloat16", "mse", smoothing, kernels=True))
-  theirs = exchange(empty_quantised_cache(shape, "bfloat16", "mse", smoothing))
+    ours = exchange(
+      empty_quantised_cache(shape, "bfloat16", "mse", smoothing, kernels=True), first, second
+    )
+  theirs = exchange(empty_quantised_cache(shape, "bfloat16", "mse", smoothing), first, second)
   for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True):
     same_bits(a, b)
 

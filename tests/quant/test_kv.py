@@ -17,10 +17,16 @@ def draw(seed: int, shift: float = 0.0) -> Array:
   return jax.random.normal(jax.random.key(seed), (B, TOKENS, HEADS, DIM), jnp.bfloat16) + shift
 
 
+@jax.jit
+def there_and_back(x: Array) -> Array:
+  return dequantise(quantise(x, Spec("mse")), jnp.bfloat16)
+
+
 def alone(x: Array, sample: int) -> np.ndarray:
   """One sample's block, quantised and back, in float32."""
-  q = quantise(x[sample].reshape(-1, DIM), Spec("mse"))
-  return np.asarray(dequantise(q, jnp.bfloat16).astype(jnp.float32)).reshape(x.shape[1:])
+  return np.asarray(there_and_back(x[sample].reshape(-1, DIM)).astype(jnp.float32)).reshape(
+    x.shape[1:]
+  )
 
 
 def empty(smoothing: str = "none") -> QuantisedKVCache:
