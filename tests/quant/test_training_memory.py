@@ -2,6 +2,7 @@
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 import pytest
 
@@ -16,6 +17,8 @@ from longlive_jax.types import Array, PyTree
 LATENTS, SIZE = 4, 16
 TOKENS = LATENTS * SIZE**2 // 4  # of each half
 KEPT = (INPUT, PACKED)
+# what LLVM does comes after the buffers are laid out
+UNOPTIMISED = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
 RULES = dict(weights="static_6", activations="static_6", gradients="static_6")
 QUANT = Quant(linears="nvfp4", gradient_rounding="nearest", **RULES)
 
@@ -53,7 +56,8 @@ def gradient(layers: int, quantised: bool, names: tuple[str, ...]) -> jax.stages
   with pytest.MonkeyPatch.context() as patch:
     policy = jax.checkpoint_policies.save_only_these_names(*names)
     patch.setitem(dit.REMAT, "kept", policy)
-    return jax.jit(jax.grad(loss)).lower(network.abstract, latents).compile()
+    lowered = jax.jit(jax.grad(loss)).lower(network.abstract, latents)
+    return lowered.compile(UNOPTIMISED)  # it is never run
 
 
 def bytes_a_layer(quantised: bool, names: tuple[str, ...]) -> float:
@@ -79,8 +83,8 @@ def test_what_is_kept_does_not_change_the_step():
   network = dit.declare_dit(cfg)
   ops = quantised_ops(REFERENCE, QUANT, network.abstract)
   leaves, tree = jax.tree.flatten(network.init(0))
-  keys = jax.random.split(jax.random.key(0), len(leaves))
-  shaken = [a + 0.2 * jax.random.normal(k, a.shape) for a, k in zip(leaves, keys, strict=True)]
+  rng = np.random.default_rng(0)
+  shaken = [np.asarray(a) + 0.2 * rng.standard_normal(a.shape, np.float32) for a in leaves]
   rope = video_rope(temporal_positions(0, 2), 2, 2, cfg.head_dim)
   plan = TeacherForcing(rope, block_borders(2, 2, 4))
   latents = jax.random.normal(jax.random.key(1), (1, 2, 4, 4, 4))
@@ -94,7 +98,11 @@ def test_what_is_kept_does_not_change_the_step():
   run = jax.jit(jax.value_and_grad(loss), static_argnums=1)
   params = jax.tree.unflatten(tree, shaken)
   value, gradients = run(params, "none")
-  norm = optax.tree.norm(gradients)
   other, theirs = run(params, "inputs")
-  difference = optax.tree.norm(jax.tree.map(jnp.subtract, gradients, theirs))
+
+  @jax.jit
+  def norms(a: PyTree, b: PyTree) -> tuple[Array, Array]:
+    return optax.tree.norm(a), optax.tree.norm(jax.tree.map(jnp.subtract, a, b))
+
+  norm, difference = norms(gradients, theirs)
   assert abs(other - value) < 0.02 * value and difference < 0.1 * norm

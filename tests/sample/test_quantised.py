@@ -1,6 +1,7 @@
 """Sampling with quantised linear layers and a quantised cache: near the plain one, same rules."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +18,7 @@ from longlive_jax.quant.policy import quantise_params
 from longlive_jax.sample.sampler import Sampler
 from tests.sample.tiny import experiment, shaken
 
+FULL = {"linears": "nvfp4", "cache": "nvfp4", "cache_smoothing": "tokens"}
 SCRIPT = Script((Shot("a", 4), Shot("b", 3), Shot("c", 1, transition="recache")), seed=1)
 
 
@@ -27,6 +29,7 @@ def quantised(**settings: str) -> Experiment:
   return from_flags(config)
 
 
+@functools.cache
 def video_of(**settings: str) -> tuple[np.ndarray, Sampler]:
   """Latents of the script, and the sampler that made them."""
   config = quantised(**settings)
@@ -44,7 +47,7 @@ def plain() -> np.ndarray:
 @pytest.mark.parametrize(
   "settings",
   [
-    {"linears": "nvfp4", "cache": "nvfp4", "cache_smoothing": "tokens"},
+    FULL,
     {"cache": "nvfp4"},
   ],
 )
@@ -58,9 +61,7 @@ def test_a_quantised_video_is_near_the_plain_one(plain: np.ndarray, settings: di
     np.testing.assert_allclose(video[:, :2], plain[:, :2], atol=1e-5)
 
 
-@pytest.mark.parametrize(
-  "settings", [{"linears": "nvfp4", "cache": "nvfp4", "cache_smoothing": "tokens"}, {}]
-)
+@pytest.mark.parametrize("settings", [FULL, {}])
 def test_separate_layers_make_the_same_video(settings: dict[str, str]):
   stacked, sampler = video_of(**settings)
   models = sampler.models
