@@ -15,7 +15,7 @@ from pathlib import Path
 import jax
 from absl import flags
 
-from launch.processes import join
+from launch.processes import define_process_flags
 from longlive_jax.build import build_models, enable_compile_cache, holds_nvfp4
 from longlive_jax.config import Experiment
 from longlive_jax.config.load import define_config_flag, from_flags, run_main, to_json
@@ -29,6 +29,7 @@ from longlive_jax.train.stage_ar import train_ar
 from longlive_jax.train.stage_vae import train_vae
 
 CONFIG = define_config_flag()
+PROCESSES = define_process_flags()
 WORKDIR = flags.DEFINE_string("workdir", None, "folder of checkpoints, metrics and the result")
 DRY_RUN = flags.DEFINE_bool("dry_run", False, "print what the run would need, and start nothing")
 DEVICES = flags.DEFINE_integer(
@@ -86,7 +87,7 @@ def main(argv: list[str]) -> None:
       f"io.checkpoint='{experiment.io.checkpoint}' holds weights in NVFP4, which are for sampling;"
       " train from the ones they were made of"
     )
-  join()
+  PROCESSES.join()
   enable_compile_cache(experiment)
   steps = train(experiment, workdir)
   if jax.process_index() == 0:

@@ -66,7 +66,8 @@ def contract(
   changes nothing, for float32 holds the product of two bfloat16 numbers, and its own bfloat16
   product lacks some shapes.
   """
-  dimensions = (tuple((axis,) if isinstance(axis, int) else axis for axis in axes), ((), ()))
+  of_a, of_b = ((axis,) if isinstance(axis, int) else axis for axis in axes)
+  dimensions = ((of_a, of_b), ((), ()))
 
   def narrow(a: Array, b: Array) -> Array:
     return jax.lax.dot_general(a, b, dimensions, preferred_element_type=dtype)
