@@ -19,7 +19,6 @@ from longlive_jax.train.error_bank import Injection, Recycler
 from longlive_jax.train.step import Errors, block_levels
 from longlive_jax.types import SAMPLES, SEQ, Array
 
-KEPT_AS = jnp.bfloat16
 CLEAN, INDICES, LATENTS, NOISE = "clean", "indices", "latents", "noise"
 
 
@@ -50,10 +49,11 @@ class Recycling:
       experiment.latent_width,
       model.vae.latent_channels,
     )
-    self.recycler = Recycler(self.cfg, train.seed, self.block_latents, KEPT_AS)
+    dtype = jnp.dtype(model.dtype)
+    self.recycler = Recycler(self.cfg, train.seed, self.block_latents, dtype)
     self._levels = block_levels(experiment)
     self._sharding = NamedSharding(mesh, P(SAMPLES, SEQ))
-    self._zeros = self._place(np.zeros(self.shape, KEPT_AS))
+    self._zeros = self._place(np.zeros(self.shape, dtype))
     self._now: tuple[Injection, np.ndarray] | None = None
     self._pending: Pending | None = None
 

@@ -22,7 +22,9 @@ from longlive_jax.train.step import make_step, state_places
 from longlive_jax.types import Array, PyTree
 
 
-def train_ar(experiment: Experiment, models: Models, workdir: str | Path) -> PyTree:
+def train_ar(
+  experiment: Experiment, models: Models, workdir: str | Path, mesh: Mesh | None = None
+) -> PyTree:
   """Trains the transformer.
 
   Args:
@@ -30,11 +32,12 @@ def train_ar(experiment: Experiment, models: Models, workdir: str | Path) -> PyT
     models: the trained VAE, the text encoder and where the transformer starts; its parameters are
       taken over.
     workdir: checkpoints, metrics and videos.
+    mesh: default that of all devices.
 
   Returns:
     Averaged parameters of the transformer, on the mesh.
   """
-  mesh, optimizer = mesh_of(experiment), make_optimizer(experiment.train)
+  mesh, optimizer = mesh or mesh_of(experiment), make_optimizer(experiment.train)
   logging.info("mesh %s", ", ".join(f"{name} {size}" for name, size in mesh.shape.items()))
   places = state_places(models, optimizer, mesh)
   params = models.params["dit"]

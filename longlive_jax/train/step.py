@@ -139,7 +139,7 @@ def make_loss(experiment: Experiment, models: Models, mesh: Mesh) -> Callable[..
     if not train.recycling.enabled:
       return value, None
     made = teacher_forcing.errors_of(batch, estimate, table)
-    return value, jax.tree.map(lambda a: a.astype(jnp.bfloat16), made)
+    return value, jax.tree.map(lambda a: a.astype(model.dtype), made)
 
   return loss
 
@@ -161,7 +161,7 @@ def make_step(
   """The jitted update `(state, clips, errors or None) -> (state, metrics, made)`.
 
   Samples, latents of a clip and parameters are split over `mesh`. The state is donated. `made` is
-  what error recycling keeps, errors of latents and noise in bfloat16, or None when it is off.
+  what error recycling keeps, errors of latents and noise in `model.dtype`, or None when it is off.
   """
   train, loss = experiment.train, make_loss(experiment, models, mesh)
   places = state_places(models, optimizer, mesh)
