@@ -8,7 +8,6 @@ import time
 from collections.abc import Iterable
 
 import jax
-import numpy as np
 from absl import logging
 from jax.experimental import multihost_utils
 from tqdm import tqdm
@@ -18,7 +17,12 @@ from longlive_jax.io.metrics import MetricWriter
 from longlive_jax.train.rates import Work
 from longlive_jax.types import Array
 
-TERMINATED = 143  # the exit code of a process that ends by SIGTERM
+
+class Terminated(SystemExit):
+  """The run ends because of SIGTERM, in all its processes after the same step."""
+
+  def __init__(self) -> None:
+    super().__init__(143)
 
 
 def progress(done: int, steps: int) -> Iterable[int]:
@@ -31,33 +35,31 @@ def progress(done: int, steps: int) -> Iterable[int]:
 class Termination:
   """Notes SIGTERM instead of ending the process, so that a step can end and be saved.
 
-  Args:
-    every: steps between two agreements of several processes about it.
+  Of several processes JAX itself notes it, from when they have joined: it tells the others, and
+  they agree on a step that none of them has begun.
   """
 
-  def __init__(self, every: int):
-    self._noted, self._every = False, every
+  def __init__(self) -> None:
+    self._noted, self._joined = False, jax.distributed.is_initialized()
+    main = threading.current_thread() is threading.main_thread()
+    self._listens = main and not self._joined
 
   def __enter__(self) -> "Termination":
     self._before = signal.getsignal(signal.SIGTERM)
-    if threading.current_thread() is threading.main_thread():
+    if self._listens:
       signal.signal(signal.SIGTERM, self._note)
     return self
 
   def __exit__(self, *_: object) -> None:
-    if threading.current_thread() is threading.main_thread():
+    if self._listens:
       signal.signal(signal.SIGTERM, self._before)
 
   def _note(self, *_: object) -> None:
     self._noted = True
 
   def due(self, step: int) -> bool:
-    """Whether the run ends after this step; the same in all processes."""
-    if jax.process_count() == 1:
-      return self._noted
-    return step % self._every == 0 and bool(
-      np.any(multihost_utils.process_allgather(np.asarray(self._noted)))
-    )
+    """Whether the run ends after this step; the same in all processes. To call at every step."""
+    return multihost_utils.reached_preemption_sync_point(step) if self._joined else self._noted
 
 
 class Log:
@@ -98,7 +100,8 @@ class Log:
     self._step, self._time = step, now
     if self._writer is not None:
       self._writer.write(step, values)
-    logging.info("step %d  %s", step, "  ".join(f"{n} {v:.4g}" for n, v in values.items()))
+    told = {name: value for name, value in values.items() if "/" not in name}
+    logging.info("step %d  %s", step, "  ".join(f"{n} {v:.4g}" for n, v in told.items()))
     if not math.isfinite(values["loss"]):
       raise not_finite(self._cfg, f"the loss is {values['loss']}", step)
 

@@ -26,8 +26,8 @@ SETTINGS = {
   "data.max_shots": 3,
   "data.far_share": 0.0,
   "train.batch": 4,
-  # Adam turns the rounding of a gradient that vanishes into a whole step of lr: at 1.5e-3 the curves
-  # of two meshes part by 1.1e-5 in these steps
+  # Adam turns the rounding of a gradient that vanishes into a whole step of lr: at 1.5e-3 the
+  # curves of two meshes part by 1.1e-5 in these steps
   "train.lr": 3e-4,
   "train.steps": STEPS,
   "train.final_lr_fraction": 1.0,
