@@ -147,7 +147,7 @@ def load_networks(
   folder: Path,
   places: dict[str, PyTree] | None = None,
 ) -> dict[str, PyTree]:
-  """Parameters of all networks from a checkpoint, float32 whatever is stored; NVFP4 stays.
+  """Parameters of these networks from a checkpoint, float32 whatever is stored; NVFP4 stays.
 
   Raises:
     ValueError: they do not fit the experiment (names the settings that differ), or are not finite.
@@ -160,7 +160,7 @@ def load_networks(
     name: jax.tree.map(wanted, net.abstract, *([places[name]] if places else []))
     for name, net in networks.items()
   }
-  if holds_nvfp4(experiment):
+  if "dit" in networks and holds_nvfp4(experiment):
     check_stored_quant(experiment, folder)
     quantise = functools.partial(quantise_params, quant=experiment.quant)
     abstract["dit"] = jax.eval_shape(quantise, abstract["dit"])
@@ -209,6 +209,16 @@ def build_models(experiment: Experiment, mesh: Mesh | None = None) -> Models:
     tokenizer=tokenizer,
     ops=ops,
   )
+
+
+def build_vae(experiment: Experiment, mesh: Mesh) -> tuple[Network, PyTree]:
+  """The autoencoder alone, its parameters on every device of a mesh; see `build_models`."""
+  networks = {"vae": declare_networks(experiment)["vae"]}
+  places = places_on(mesh, networks)
+  if experiment.io.checkpoint:
+    folder = find_checkpoint(experiment.io.checkpoint)
+    return networks["vae"], load_networks(experiment, networks, folder, places)["vae"]
+  return networks["vae"], networks["vae"].init(experiment.train.seed, places["vae"])
 
 
 class Pipeline(Sampler):

@@ -12,11 +12,14 @@ import json
 from pathlib import Path
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 import safetensors
 from absl import logging
 
 from longlive_jax.config.schema import Experiment
+from longlive_jax.io.leaves import flat
+from longlive_jax.types import PyTree
 
 INDEX, UNFINISHED = "index.json", "unfinished.json"
 SUFFIX = ".safetensors"
@@ -30,7 +33,7 @@ SETTINGS = {  # of a format, for its errors
   "width": "video.width",
   "fps": "video.fps",
   "cut_prefix": "sample.cut_prefix",
-  "vae": "the autoencoder",
+  "vae": "by io.checkpoint, the autoencoder",
 }
 
 
@@ -43,7 +46,7 @@ class LatentFormat:
     latent_height, latent_width, latent_channels: h, w, C.
     height, width, fps: of the videos.
     cut_prefix: that prompts of new shots begin with.
-    vae: tells autoencoders apart; any text, for instance a hash of the weights.
+    vae: tells autoencoders apart; any text, see `autoencoder_name`.
   """
 
   block_latents: int
@@ -85,6 +88,19 @@ class LatentFormat:
       for key, name in SETTINGS.items()
       if mine[key] != theirs[key]
     ]
+
+
+def autoencoder_name(params: PyTree) -> str:
+  """A hash of the weights of an autoencoder.
+
+  They are rounded to bfloat16 first: an export in half precision is the same autoencoder.
+  """
+  digest = hashlib.sha256()
+  for name, leaf in sorted(flat(params).items()):
+    values = np.asarray(leaf).astype(ml_dtypes.bfloat16)
+    digest.update(f"{name} {values.shape} ".encode())
+    digest.update(values.tobytes())
+  return digest.hexdigest()[:16]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -10,23 +10,16 @@ in its place would need all processes to know of it, and they decode other parts
 """
 
 import dataclasses
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple, Protocol
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
 
 import grain.python as grain
 import numpy as np
-from absl import logging
 
 from longlive_jax.config.schema import Experiment
-from longlive_jax.data.latent_files import LatentFiles
-from longlive_jax.data.video_index import read_index
-from longlive_jax.data.video_plan import Rules, check_long_enough, sample_plan
-from longlive_jax.data.video_read import read_frames
+from longlive_jax.data.sources import Source, Tokenize, Windows, open_source
 
 ENDLESS = 2**62  # samples; a run never ends for want of them
-
-Tokenize = Callable[[Sequence[str]], tuple[np.ndarray, np.ndarray]]
-Windows = Sequence[tuple[int, int]]
 
 
 class Sample(NamedTuple):
@@ -47,137 +40,6 @@ class Sample(NamedTuple):
   masks: np.ndarray
   shots: np.ndarray
   valid: np.ndarray
-
-
-class Content(NamedTuple):
-  """What a source gives: windows [W, ...] of frames or latents, and what is known of the blocks."""
-
-  windows: np.ndarray
-  prompts: tuple[str, ...]
-  shots: np.ndarray
-  valid_latents: int
-
-
-class Source(Protocol):
-  """Samples of files.
-
-  Attributes:
-    length: frames or latents of a sample.
-    fingerprint: changes when the files do.
-  """
-
-  length: int
-  fingerprint: str
-
-  def __len__(self) -> int:
-    """How many there are."""
-    ...
-
-  def read(self, item: int, rng: np.random.Generator, windows: Windows) -> Content:
-    """Reads parts of one of them; `rng` decides what is left open."""
-    ...
-
-
-class VideoSource:
-  """Samples cut from video files; see `video_index`, `video_plan` and `video_read`."""
-
-  def __init__(self, experiment: Experiment):
-    """Finds the files of `data.path`, and leaves out what is too short, with a logged line.
-
-    Raises:
-      FileNotFoundError: there is no such folder.
-      ValueError: nothing in it can be used.
-    """
-    self.rules, self.video = Rules.of(experiment), experiment.video
-    self.fit, self.length = experiment.data.fit, self.rules.frames
-    index = read_index(experiment.data.path)
-    self.fingerprint, self.folders = index.fingerprint, []
-    lines = []
-    for folder in index.folders:
-      try:
-        check_long_enough(folder, self.rules)
-      except ValueError as error:
-        logging.warning("skipped %s", error)
-        lines.append(str(error))
-      else:
-        self.folders.append(folder)
-    if not self.folders:
-      raise ValueError(f"data.path='{experiment.data.path}' has no sample to train on: {lines[0]}")
-
-  def __len__(self) -> int:
-    return len(self.folders)
-
-  def read(self, item: int, rng: np.random.Generator, windows: Windows) -> Content:
-    """See `Source`."""
-    plan = sample_plan(self.folders[item], self.rules, rng)
-    height, width = self.video.height, self.video.width
-    spans = [
-      (start, read_frames(plan, start, stop, height, width, self.fit))
-      for start, stop in joined(windows)
-    ]
-    if len(windows) == 1:
-      pixels = spans[0][1][None]
-    else:
-      pixels = np.stack([window_of(spans, start, stop) for start, stop in windows])
-    return Content(pixels, plan.prompts, plan.shots, plan.valid_latents)
-
-
-def joined(windows: Windows) -> list[tuple[int, int]]:
-  """The ranges that windows cover together, so that no frame is decoded twice.
-
-  >>> joined([(4, 8), (0, 5), (9, 12)])
-  [(0, 8), (9, 12)]
-  """
-  spans: list[tuple[int, int]] = []
-  for start, stop in sorted(windows):
-    if spans and start <= spans[-1][1]:
-      spans[-1] = spans[-1][0], max(stop, spans[-1][1])
-    else:
-      spans.append((start, stop))
-  return spans
-
-
-def window_of(spans: Sequence[tuple[int, np.ndarray]], start: int, stop: int) -> np.ndarray:
-  """A window's part of the span that holds it."""
-  first, frames = next(s for s in reversed(spans) if s[0] <= start)
-  return frames[start - first : stop - first]
-
-
-class LatentSource:
-  """Samples computed ahead; see `latent_files`."""
-
-  def __init__(self, experiment: Experiment):
-    """Opens `data.path`; see `LatentFiles`."""
-    self.files = LatentFiles(experiment)
-    self.length = experiment.data.blocks * experiment.model.block_latents
-    self.fingerprint = self.files.fingerprint
-
-  def __len__(self) -> int:
-    return len(self.files)
-
-  def read(self, item: int, rng: np.random.Generator, windows: Windows) -> Content:
-    """See `Source`."""
-    del rng
-    found = self.files[item]
-    parts = np.stack([found.latents[start:stop] for start, stop in windows])
-    return Content(parts, found.prompts, found.shots, found.valid_latents)
-
-
-def open_source(experiment: Experiment) -> Source:
-  """The samples that `data.source` and `data.path` name.
-
-  Raises:
-    FileNotFoundError: there is no such folder.
-    ValueError: nothing in it can be used, or `data.source` is not of files.
-  """
-  sources: dict[str, Callable[[Experiment], Source]] = {
-    "videos": VideoSource,
-    "latents": LatentSource,
-  }
-  name = experiment.data.source
-  if name not in sources:
-    raise ValueError(f"data.source={name} is not of files; use one of {', '.join(sources)}")
-  return sources[name](experiment)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -255,7 +117,7 @@ def batches(
     windows: ranges [start, stop) of frames, or of latents of `data.source=latents`, all of one
       length; only these are read. None = one range, the whole sample.
     first_sample: samples that were consumed before.
-    source: what `open_source` gave; None opens it.
+    source: what `open_source` gave; None opens it, and tries all prompts.
 
   Yields:
     Samples with a leading axis B = len(rows).
@@ -264,7 +126,7 @@ def batches(
     FileNotFoundError, ValueError: see `open_source`; while iterating, a file that cannot be read.
   """
   data, batch = experiment.data, experiment.train.batch
-  source = open_source(experiment) if source is None else source
+  source = open_source(experiment, tokenize) if source is None else source
   windows = ((0, source.length),) if windows is None else tuple(windows)
   if not rows or not all(0 <= row < batch for row in rows):
     raise ValueError(f"rows={rows} must be some of the rows of a batch, 0 to {batch - 1}")

@@ -17,6 +17,7 @@ from jax.tree_util import register_dataclass
 
 from longlive_jax.config import Data, Experiment
 from longlive_jax.data import shapes
+from longlive_jax.data.shapes import random_shots
 from longlive_jax.model.kv_cache import SlotState, Window, admit, pin_block
 from longlive_jax.model.rope import temporal_table
 from longlive_jax.types import Array, PyTree
@@ -45,13 +46,6 @@ class Bank:
   visible: Array
   cos: Array
   sin: Array
-
-
-def random_shots(rng: np.random.Generator, blocks: int, most: int) -> list[int]:
-  """Lengths of 1 to `most` shots, in blocks, that fill a clip; at least one block each."""
-  count = int(rng.integers(1, min(most, blocks) + 1))
-  borders = np.sort(rng.choice(np.arange(1, blocks), count - 1, replace=False))
-  return np.diff([0, *borders, blocks]).tolist()
 
 
 def visible_blocks(cuts: Sequence[int], blocks: int, window: Window, pin: bool) -> np.ndarray:

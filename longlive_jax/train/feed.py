@@ -16,6 +16,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from longlive_jax.config import Experiment
+from longlive_jax.data.latent_files import autoencoder_name
 from longlive_jax.model.rope import temporal_table
 from longlive_jax.parallel.halo import Windows, encode, split_windows, whole_clip
 from longlive_jax.parallel.mesh import local_part, replicate, split_batch
@@ -32,9 +33,11 @@ class Feed(Protocol):
 
   Attributes:
     waited: seconds that the last call waited for data.
+    fingerprint: changes when its files do, and so the order of samples; empty without files.
   """
 
   waited: float
+  fingerprint: str
 
   def __call__(self, step: int) -> Clips: ...
 
@@ -82,7 +85,7 @@ class ShapesFeed:
       group,
     )
     logging.info("bank of %d clips, latents %s", experiment.data.clips, bank.latents.shape)
-    self.waited = 0.0
+    self.waited, self.fingerprint = 0.0, ""
     self._given = replicate((bank, models.params["text"]), mesh)
     self._draw = jax.jit(draw_shapes(experiment, models, mesh))
 
@@ -129,7 +132,8 @@ class FileFeed:
 
   def __init__(self, experiment: Experiment, models: Models, mesh: Mesh):
     parallel, ranks = experiment.parallel, mesh.shape[SEQ]
-    self.experiment, self.models, self.mesh, self.waited = experiment, models, mesh, 0.0
+    self.experiment, self.models, self.mesh = experiment, models, mesh
+    self.waited, self.fingerprint = 0.0, ""
     latents = experiment.data.blocks * experiment.model.block_latents
     self._videos = experiment.data.source == "videos"
     self._split = not self._videos or (parallel.chunk_vae and ranks > 1)
@@ -147,6 +151,9 @@ class FileFeed:
     from longlive_jax.data import pipeline  # needs PyAV and grain, which the shapes world does not
 
     self.close()
+    vae = None if self._videos else autoencoder_name(self.models.params["vae"])
+    source = pipeline.open_source(self.experiment, self.models.tokenizer, vae)
+    self.fingerprint = source.fingerprint
     rows, ranks = local_part(self.mesh, self.experiment.train.batch)
     spans = [self._spans[rank] for rank in ranks] if self._split else self._spans[:1]
     self._samples = pipeline.batches(
@@ -155,6 +162,7 @@ class FileFeed:
       rows=rows,
       windows=spans,
       first_sample=first_sample,
+      source=source,
     )
 
   def close(self) -> None:

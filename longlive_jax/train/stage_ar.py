@@ -92,12 +92,18 @@ class Ar(Rider):
 
   def snapshot(self) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
     arrays = self.recycling.snapshot() if self.recycling else {}
-    return arrays, {"samples": self.samples}
+    return arrays, {"samples": self.samples, "files": self.feed.fingerprint}
 
   def restore(self, done: int, arrays: dict[str, np.ndarray], extra: dict[str, Any]) -> None:
     self.done = done
     self.samples = int(extra.get("samples", done * self.experiment.train.batch))
     self.feed.start(self.samples)
+    if extra.get("files", self.feed.fingerprint) != self.feed.fingerprint:
+      logging.warning(
+        "the files of data.path='%s' are not those of step %d: the run goes on with another order"
+        " of samples",
+        *(self.experiment.data.path, done),
+      )
     if self.recycling and arrays:
       self.recycling.restore(arrays)
 

@@ -9,7 +9,7 @@ import time
 import numpy as np
 import pytest
 
-from longlive_jax.data import pipeline
+from longlive_jax.data import sources
 from longlive_jax.data.latent_files import LatentFormat
 from longlive_jax.data.latent_write import LatentWriter
 from longlive_jax.data.pipeline import batches, open_source, sample_order
@@ -145,13 +145,13 @@ def test_threads_end_when_the_iterator_is_closed(experiment):
 
 def test_samples_are_read_ahead(experiment, monkeypatch):
   read = []
-  original = pipeline.VideoSource.read
+  original = sources.VideoSource.read
 
   def slow(self, item, rng, windows):
     read.append(item)
     return original(self, item, rng, windows)
 
-  monkeypatch.setattr(pipeline.VideoSource, "read", slow)
+  monkeypatch.setattr(sources.VideoSource, "read", slow)
   experiment.data.ahead = 3
   reading = batches(experiment, tokenize, rows=range(2), windows=[(0, 1)])
   next(reading)
