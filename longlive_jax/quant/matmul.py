@@ -16,7 +16,6 @@ Source: spec/nvfp4.md sections 5 and 6.
 
 import dataclasses
 import functools
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -25,9 +24,17 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.tree_util import register_dataclass
 
 from longlive_jax.kernels.quantise import fake_quantise_rows, quantise_rows
-from longlive_jax.model.ops import INPUT, PACKED, PRODUCT, contract
+from longlive_jax.model.ops import INPUT, PACKED, PRODUCT
 from longlive_jax.quant.formats import BLOCK
-from longlive_jax.quant.nvfp4 import Spec, dequantise, largest, quantise, scale_free, unit_of
+from longlive_jax.quant.nvfp4 import Spec, largest, quantise, scale_free, unit_of
+from longlive_jax.quant.operands import (
+  Operand,
+  from_packed,
+  operand,
+  pack,
+  product,
+  product_over_rows,
+)
 from longlive_jax.quant.qtensor import QTensor
 from longlive_jax.quant.rules import find_rule
 from longlive_jax.types import Array
@@ -103,24 +110,10 @@ def nvfp4_recipe(
   )
 
 
-class Operand(NamedTuple):
-  """`values * unit`: bfloat16 `[M, K]`, the axis of the product last, and a float32 scalar."""
-
-  values: Array
-  unit: Array | float
-
-
-def operand(x: Array, spec: Spec | None, key: Array | None = None, flip: bool = False) -> Operand:
-  """Quantises a matrix, or its transpose with `flip`, along the last axis of the result."""
-  if spec is None:
-    return Operand((x.T if flip else x).astype(jnp.bfloat16), 1.0)
-  return from_packed(quantise(x, dataclasses.replace(spec, transpose=flip), key=key))
-
-
 def kernel_takes(x: Array, spec: Spec) -> bool:
-  """Whether the kernels that quantise can do so: a bfloat16 matrix, blocks along its rows."""
+  """Whether the kernels that quantise can do so: bfloat16, blocks along the last axis."""
   plain = Spec(spec.rule) == spec
-  return plain and x.dtype == jnp.bfloat16 and x.shape[1] % BLOCK == 0 and x.size < 2**31
+  return plain and x.dtype == jnp.bfloat16 and x.shape[-1] % BLOCK == 0 and x.size < 2**31
 
 
 def input_operand(x: Array, recipe: Recipe) -> Operand:
@@ -128,26 +121,19 @@ def input_operand(x: Array, recipe: Recipe) -> Operand:
   if recipe.x is None or not (recipe.kernels and kernel_takes(x, recipe.x)):
     return operand(x, recipe.x)
   rule, amax = find_rule(recipe.x.rule), largest(x)
-  return Operand(fake_quantise_rows(x, amax, rule), amax * np.float32(1 / rule.c))
+  values = fake_quantise_rows(x.reshape(-1, x.shape[-1]), amax, rule)
+  return Operand(values.reshape(x.shape), amax * np.float32(1 / rule.c))
 
 
 def packed_input(x: Array, recipe: Recipe) -> QTensor:
   """x as it is kept for the backward pass; `recipe.x` is not None."""
   spec = recipe.x or Spec()
   if not (recipe.kernels and kernel_takes(x, spec)):
-    return quantise(x, spec)
+    return pack(x, spec)
   amax = largest(x)
-  return QTensor(*quantise_rows(x, amax, find_rule(spec.rule)), amax, spec.rule)
-
-
-def from_packed(q: QTensor) -> Operand:
-  """The operand of a quantised matrix."""
-  return Operand(scale_free(q), unit_of(q))
-
-
-def product(a: Operand, b: Operand) -> Array:
-  """float32 `[M, N]` of `a [M, K]` and `b [N, K]`."""
-  return contract(a.values, b.values, (1, 1)) * (a.unit * b.unit)
+  codes, scales = quantise_rows(x.reshape(-1, x.shape[-1]), amax, find_rule(spec.rule))
+  lead = x.shape[:-1]
+  return QTensor(codes.reshape(*lead, -1), scales.reshape(*lead, -1), amax, spec.rule)
 
 
 def weight_operand(w: Array | QTensor, spec: Spec | None) -> Operand:
@@ -158,7 +144,7 @@ def weight_operand(w: Array | QTensor, spec: Spec | None) -> Operand:
 @functools.partial(register_dataclass, data_fields=["x", "packed"], meta_fields=[])
 @dataclasses.dataclass(frozen=True)
 class Prepared:
-  """An input `[..., in]` of several products, and its rows as they are packed for all of them."""
+  """An input `[..., in]` of several products, and as it is packed for all of them."""
 
   x: Array
   packed: QTensor
@@ -183,8 +169,8 @@ def prepare(recipe: Recipe, x: Array) -> Array | Prepared:
   """
   if recipe.x is None:
     return x
-  rows = jax.lax.stop_gradient(x).reshape(-1, x.shape[-1]).astype(jnp.bfloat16)
-  return Prepared(x, named(packed_input(rows, recipe)))
+  fixed = jax.lax.stop_gradient(x).astype(jnp.bfloat16)
+  return Prepared(x, named(packed_input(fixed, recipe)))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -199,13 +185,14 @@ def quantised_product(
 
   Args:
     recipe: how operands are quantised.
-    x: `[T, in]`, taken as bfloat16.
+    x: `[..., T, in]`, taken as bfloat16. In wgrad blocks run along T: what lies along other axes
+      has blocks of its own, so that devices may share them.
     w: `[in, out]`; or a QTensor `[out, in]`, which is not trained and gets no gradient.
     key: for stochastic rounding of gradients.
     packed: x, if it is quantised already; then x only gets a gradient.
 
   Returns:
-    float32 `[T, out]`.
+    float32 `[..., T, out]`.
 
   Numerics: one amax for all of x: what else is in a batch moves results by the quantisation error.
   """
@@ -240,9 +227,8 @@ def _dgrad_wgrad(recipe: Recipe, saved: Saved, g: Array) -> tuple[Array, Array |
   dx = product(operand(g, recipe.g, keys[0]), right).astype(like.dtype)
   if packed is None or frozen:
     return dx, None, None, None
-  x = dequantise(packed, jnp.bfloat16) if isinstance(packed, QTensor) else packed
-  left = operand(x, recipe.x_wgrad, flip=True)
-  dw = product(left, operand(g, recipe.g_wgrad, keys[1], flip=True))
+  left = operand(packed, recipe.x_wgrad, flip=True)
+  dw = product_over_rows(left, operand(g, recipe.g_wgrad, keys[1], flip=True))
   return dx, dw.astype(w.dtype), None, None
 
 
@@ -263,6 +249,6 @@ def quantised_matmul(
 ) -> Array:
   """`x [..., in] @ w + bias` in x's dtype; the sum is float32 until then."""
   x, packed = (x.x, x.packed) if isinstance(x, Prepared) else (x, None)
-  y = quantised_product(recipe, x.reshape(-1, x.shape[-1]), w, key, packed)
+  y = quantised_product(recipe, x, w, key, packed)
   y = y if bias is None else y + bias
-  return checkpoint_name(y.astype(x.dtype), PRODUCT).reshape(*x.shape[:-1], -1)
+  return checkpoint_name(y.astype(x.dtype), PRODUCT)
