@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh
 
-from longlive_jax.config import Model, Text, Vae
+from longlive_jax.config import Model, Quant, Text, Vae
 from longlive_jax.model.attention import TeacherForcing, block_borders
 from longlive_jax.model.dit import declare_dit
 from longlive_jax.model.flow import training_table
@@ -18,6 +18,7 @@ from longlive_jax.model.rope import temporal_positions, video_rope
 from longlive_jax.parallel.mesh import make_mesh, split_batch
 from longlive_jax.parallel.rules import DIT_RULES, shardings_of
 from longlive_jax.parallel.split_ops import split_ops
+from longlive_jax.quant.policy import quantised_ops
 from longlive_jax.train import teacher_forcing
 from longlive_jax.types import Array, PyTree
 
@@ -143,3 +144,23 @@ def test_backward_has_two_more_and_gathers_parameters_alone(params):
   widths = {CFG.width, CFG.ffn_width, 6 * CFG.width, CFG.frequency_width, CFG.text.width}
   for shape in re.findall(r"= f32\[([0-9,]*)\]\S* all-gather\(", text):
     assert set(map(int, shape.split(","))) <= widths, shape
+
+
+def test_products_in_nvfp4_are_those_of_one_device(params):
+  """Amax is of all devices' tokens, so only elements whose rounding is a near tie may differ."""
+  quantised = quantised_ops(REFERENCE, Quant(linears="nvfp4"), NETWORK.abstract)
+  rope = video_rope(temporal_positions(0, LATENTS), SIZE // 2, SIZE // 2, CFG.head_dim)
+
+  def loss_over(mesh: Mesh) -> float:
+    def loss(params: PyTree, batch: teacher_forcing.Batch) -> Array:
+      batch, plan = teacher_forcing.split(batch, mesh), TeacherForcing(rope, BORDERS)
+      ops = split_ops(quantised, mesh)
+      return teacher_forcing.objective(NETWORK, params, batch, plan, TABLE, ops)[0]
+
+    given = jax.device_put(params, shardings_of(params, DIT_RULES, mesh))
+    return float(jax.jit(loss)(given, batch_of(False)))
+
+  alone, shared = (
+    loss_over(make_mesh(BATCH, 1, n, devices=jax.devices()[: 2 * n])) for n in (1, 4)
+  )
+  np.testing.assert_allclose(shared, alone, rtol=1e-4)
