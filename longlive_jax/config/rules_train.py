@@ -40,6 +40,11 @@ def check_data(experiment: Experiment) -> None:
     raise ValueError(f"train.stage=vae takes data.source=shapes, not {data.source}")
   if data.far_share > 0:
     raise ValueError(f"data.far_share={data.far_share} is for data.source=shapes; use 0")
+  if experiment.io.evaluate_every_steps and not experiment.io.evaluate_scripts:
+    raise ValueError(
+      f"io.evaluate_every_steps={experiment.io.evaluate_every_steps} with data.source="
+      f"{data.source} needs io.evaluate_scripts, a script file or a folder of them"
+    )
   if data.min_blocks > data.blocks:
     raise ValueError(f"data.min_blocks={data.min_blocks} must be at most data.blocks={data.blocks}")
 

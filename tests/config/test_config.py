@@ -121,6 +121,13 @@ WRONG = {
   "train__remat": ("some", "train.remat='some' must be one of attention, dots, full, inputs, none"),
   "parallel__seq": (3, "parallel.seq=3 must divide model.heads=.* data.blocks=4; use one of 1, 2"),
   "parallel__fsdp": (3, "train.batch / train.accumulate=8 must be .* parallel.fsdp=3; use 6 or 9"),
+  "parallel__layout": ("round", "parallel.layout='round' must be one of balanced, plain"),
+  "parallel__halo_latents": (-1, "parallel.halo_latents=-1 must be at least 0"),
+  "data__source": ("tapes", "data.source='tapes' must be one of latents, shapes, videos"),
+  "train__accumulate": (3, "train.batch=8 must be .* train.accumulate=3; use 6 or 9"),
+  "train__context_noise": (1001.0, "train.context_noise=1001.0 must be at most 1000"),
+  "train__recycling__replacement": ("l2", "replacement='l2' must be one of oldest, random"),
+  "train__recycling__buckets": (0, "train.recycling.buckets=0 must be at least 1"),
   "io__keep_checkpoints": (0, "io.keep_checkpoints=0 must be at least 1"),
 }
 
@@ -343,3 +350,18 @@ def test_debug_shows_the_traceback(root):
 def test_quantising_no_layer_at_all_is_an_error():
   with pytest.raises(ValueError, match=r"quant.linears=nvfp4 with quant.layers=\(\)"):
     load_config("configs/tiny.py", {"quant.linears": "nvfp4", "quant.layers": ()})
+
+
+@pytest.mark.parametrize(
+  ("changes", "line"),
+  [
+    ({"data.path": ""}, "data.source=videos needs data.path"),
+    ({"train.stage": "vae"}, "train.stage=vae takes data.source=shapes, not videos"),
+    ({"data.far_share": 0.5}, "data.far_share=0.5 is for data.source=shapes"),
+    ({"data.min_blocks": 5}, "data.min_blocks=5 must be at most data.blocks=4"),
+    ({"io.evaluate_every_steps": 5}, "data.source=videos needs io.evaluate_scripts"),
+  ],
+)
+def test_settings_of_files_that_do_not_go_together(changes, line):
+  with pytest.raises(ValueError, match=line):
+    load_config("configs/tiny.py", {"data.source": "videos", "data.path": "clips", **changes})
