@@ -1,13 +1,27 @@
-"""Start-up of a run of several processes, one or more on each machine.
+"""Start-up and end of a run of several processes, one or more on each machine.
 
 Under SLURM, Open MPI or a Kubernetes indexed job --distributed is enough; elsewhere each process is
 told where the first one listens, how many there are, and its own number.
+
+All processes compute each step together, so that none goes on without the others. One that fails
+leaves at once; the others end with an error too when they next wait for it, at the latest when JAX
+misses its heartbeat, which takes 100 seconds. SIGTERM is noted and told to all, from when they have
+joined; see `train.watch.Termination`.
 """
 
 import dataclasses
+import os
+import sys
+import time
+from types import TracebackType
 
 import jax
 from absl import flags, logging
+
+from longlive_jax.config.flags import one_line_errors
+from longlive_jax.train.watch import Terminated
+
+LAST_WORDS_SECONDS = 3.0  # process 0 waits with its end: the others are cut short by it
 
 
 @dataclasses.dataclass(frozen=True)
@@ -19,7 +33,7 @@ class ProcessFlags:
   processes: flags.FlagHolder[int]
   process: flags.FlagHolder[int]
 
-  def join(self) -> None:
+  def joined(self) -> "Joined":
     """Joins the other processes, if flags say that there are any.
 
     Raises:
@@ -29,13 +43,54 @@ class ProcessFlags:
     if (address, count, number) == ("", 0, -1):
       if self.distributed.value:
         initialise()
-      return
-    if not address or count < 1 or not 0 <= number < count:
+    elif not address or count < 1 or not 0 <= number < count:
       raise ValueError(
         f"--coordinator={address!r} --processes={count} --process={number} must be given together:"
         " HOST:PORT of process 0, how many there are, and this one's number from 0"
       )
-    initialise(coordinator_address=address, num_processes=count, process_id=number)
+    else:
+      initialise(coordinator_address=address, num_processes=count, process_id=number)
+    return Joined()
+
+
+class Joined:
+  """While the processes are together; an error of one of them ends it at once.
+
+  The usual end of a process waits for the others, which in turn wait for what it was to compute.
+  """
+
+  def __enter__(self) -> "Joined":
+    return self
+
+  def __exit__(
+    self,
+    kind: type[BaseException] | None,
+    error: BaseException | None,
+    trace: TracebackType | None,
+  ) -> None:
+    if error is None or isinstance(error, Terminated) or jax.process_count() == 1:
+      return
+    code = tell(error, trace)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    if jax.process_index() == 0:
+      time.sleep(LAST_WORDS_SECONDS)
+    os._exit(code)
+
+
+def tell(error: BaseException, trace: TracebackType | None) -> int:
+  """Writes an error to stderr as the end of a program does; returns the exit code."""
+
+  def again() -> None:
+    raise error
+
+  try:
+    one_line_errors(again)
+  except SystemExit as end:
+    return end.code if isinstance(end.code, int) else 1
+  except type(error):
+    sys.excepthook(type(error), error.with_traceback(trace), trace)
+  return 1
 
 
 def define_process_flags() -> ProcessFlags:
@@ -53,10 +108,15 @@ def define_process_flags() -> ProcessFlags:
 
 
 def initialise(**settings: object) -> None:
-  """Calls `jax.distributed.initialize`; its complaints become one line."""
+  """Calls `jax.distributed.initialize`; its complaints become one line.
+
+  What a run tells, process 0 tells.
+  """
   try:
     jax.distributed.initialize(**settings)  # type: ignore[arg-type]
   except (RuntimeError, ValueError) as error:
     line = " ".join(str(error).split())
     raise ValueError(f"the processes did not find each other: {line}") from error
   logging.info("process %d of %d", jax.process_index(), jax.process_count())
+  if jax.process_index() > 0:
+    logging.set_verbosity(logging.WARNING)

@@ -7,12 +7,13 @@ r"""Trains a stage on all devices.
 With --dry_run it only prints what the run would need, on any number of devices, see docs/plan.md.
 A run goes on by itself from the newest checkpoint in its workdir. The result, weights and resolved
 configuration, is `WORKDIR/params`, a checkpoint like any other.
+
+Several processes of one run share the workdir; see launch/processes.py and launch/cluster.
 """
 
 import json
 from pathlib import Path
 
-import jax
 from absl import flags
 
 from launch.processes import define_process_flags
@@ -22,9 +23,9 @@ from longlive_jax.config.load import define_config_flag, from_flags, run_main, t
 from longlive_jax.eval.plan_text import dry_run
 from longlive_jax.io.atomic import check_writable, replacing
 from longlive_jax.io.checkpoint import read_metadata, save_params
+from longlive_jax.io.processes import is_first, of_all, of_first, wait_for_all
 from longlive_jax.parallel.mesh import mesh_of
 from longlive_jax.train.loop import steps_done
-from longlive_jax.train.rollouts import whole
 from longlive_jax.train.stage_ar import train_ar
 from longlive_jax.train.stage_vae import train_vae
 
@@ -43,25 +44,35 @@ def train(experiment: Experiment, workdir: Path) -> int:
   stage, result = experiment.train.stage, workdir / "params"
   done = steps_done(experiment, workdir)
   steps = max(done, experiment.train.steps)
-  if done == steps and is_result(result, steps):
-    print(f"nothing to do: {done} steps are done, train.steps={experiment.train.steps}")
+  if of_first(done == steps and is_result(result, steps)):
+    if is_first():
+      print(f"nothing to do: {done} steps are done, train.steps={experiment.train.steps}")
     return steps
   models = build_models(experiment, mesh_of(experiment))
-  first = jax.process_index() == 0
-  if first:
-    workdir.mkdir(parents=True, exist_ok=True)
-    with replacing(workdir / "config.json") as part:
-      part.write_text(to_json(experiment))
+  save_config(experiment, workdir)
   params = dict(models.params)
   if stage == "vae":
     params["vae"] = train_vae(experiment, models.vae, params["vae"], workdir)
   else:
     params["dit"] = train_ar(experiment, models, workdir)
-  if jax.process_count() > 1:
-    params = whole(params)
-  if first:
-    save_params(result, params, json.loads(to_json(experiment)), {"stage": stage, "steps": steps})
+  save_params(result, params, json.loads(to_json(experiment)), {"stage": stage, "steps": steps})
   return steps
+
+
+def save_config(experiment: Experiment, workdir: Path) -> None:
+  """Writes `WORKDIR/config.json`, once for all processes.
+
+  Raises:
+    ValueError: another process does not see it.
+  """
+  path = workdir / "config.json"
+  if is_first():
+    workdir.mkdir(parents=True, exist_ok=True)
+    with replacing(path) as part:
+      part.write_text(to_json(experiment))
+  wait_for_all("config.json")
+  if not all(of_all(path.is_file())):
+    raise ValueError(f"--workdir={workdir} must be one folder that all processes share")
 
 
 def is_result(folder: Path, steps: int) -> bool:
@@ -87,11 +98,11 @@ def main(argv: list[str]) -> None:
       f"io.checkpoint='{experiment.io.checkpoint}' holds weights in NVFP4, which are for sampling;"
       " train from the ones they were made of"
     )
-  PROCESSES.join()
-  enable_compile_cache(experiment)
-  steps = train(experiment, workdir)
-  if jax.process_index() == 0:
-    print(f"{workdir / 'params'}: weights after {steps} steps")
+  with PROCESSES.joined():
+    enable_compile_cache(experiment)
+    steps = train(experiment, workdir)
+    if is_first():
+      print(f"{workdir / 'params'}: weights after {steps} steps")
 
 
 if __name__ == "__main__":

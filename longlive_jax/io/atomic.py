@@ -52,7 +52,7 @@ def replacing(path: str | Path) -> Iterator[Path]:
   """
   path = Path(path)
   path.parent.mkdir(parents=True, exist_ok=True)
-  partial = path.with_name(f".{path.stem}.partial-{os.getpid()}{path.suffix}")
+  partial = partial_name(path, os.getpid())
   remove(partial)
   try:
     yield partial
@@ -71,6 +71,12 @@ def replacing(path: str | Path) -> Iterator[Path]:
     raise OSError(error.errno, error.strerror, name) from error
   finally:
     remove(partial)
+
+
+def partial_name(path: str | Path, owner: int) -> Path:
+  """The hidden sibling of `path` that the process with the id `owner` writes to."""
+  path = Path(path)
+  return path.with_name(f".{path.stem}.partial-{owner}{path.suffix}")
 
 
 def remove(path: Path) -> None:

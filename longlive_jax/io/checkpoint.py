@@ -21,8 +21,8 @@ import numpy as np
 from orbax.checkpoint import v1 as ocp
 
 from longlive_jax.checks import suggest
-from longlive_jax.io.atomic import replacing
 from longlive_jax.io.leaves import Index, disk_groups, disk_places, flat, nested, path_name
+from longlive_jax.io.processes import is_first, replacing_together
 from longlive_jax.io.train_checkpoint import UNREADABLE, TrainCheckpointer
 from longlive_jax.types import PyTree
 
@@ -53,6 +53,8 @@ def save_params(
 ) -> None:
   """Writes weights with their configuration; the folder appears when it is complete.
 
+  All processes of a run must call it, each writes its part of the arrays.
+
   Args:
     folder: where to; an older checkpoint there is replaced.
     trees: name of a network -> nested dict of arrays.
@@ -66,13 +68,13 @@ def save_params(
   folder = Path(folder)
   if folder.is_dir() and any(folder.iterdir()) and not is_checkpoint(folder):
     raise ValueError(f"'{folder}' holds something that is not a checkpoint; choose another folder")
-  with replacing(folder) as partial:
-    partial.mkdir()
+  with replacing_together(folder) as partial:
     for name, tree in trees.items():
       for number, group in enumerate(disk_groups(tree, group_bytes)):
         ocp.save((partial / name / f"{number:03d}").absolute(), nested(group))
-    (partial / METADATA).write_text(json.dumps(dict(metadata), indent=2) + "\n")
-    (partial / CONFIG).write_text(json.dumps(dict(config), indent=2) + "\n")
+    if is_first():
+      (partial / METADATA).write_text(json.dumps(dict(metadata), indent=2) + "\n")
+      (partial / CONFIG).write_text(json.dumps(dict(config), indent=2) + "\n")
 
 
 def is_checkpoint(folder: Path) -> bool:

@@ -17,6 +17,7 @@ from orbax.checkpoint import v1 as ocp
 from longlive_jax.checks import suggest
 from longlive_jax.io.atomic import remove
 from longlive_jax.io.leaves import flat, path_name
+from longlive_jax.io.processes import is_first, of_all, wait_for_all
 from longlive_jax.types import PyTree
 
 BESIDE = "beside."  # before the names of arrays that are kept beside the state
@@ -27,12 +28,16 @@ class TrainCheckpointer:
   """Saves every so many steps and restores the newest; writing goes on in the background.
 
   A checkpoint that cannot be read, because whoever wrote or copied it was cut short, is set aside
-  under the name "STEP.unreadable".
+  under the name "STEP.unreadable". All processes of a run make one, and call the same methods in
+  the same order; each saves and restores its part of the arrays.
 
   Args:
-    folder: holds one folder a step.
+    folder: holds one folder a step; of a file system that all processes share.
     every: steps between checkpoints, `io.checkpoint_every_steps`.
     keep: newest checkpoints that are kept, `io.keep_checkpoints`.
+
+  Raises:
+    ValueError: the processes see different checkpoints.
   """
 
   def __init__(self, folder: str | Path, every: int, keep: int):
@@ -45,7 +50,16 @@ class TrainCheckpointer:
       preservation_policy=training.preservation_policies.LatestN(keep),
       cleanup_tmp_directories=True,
     )
-    self._set_unreadable_aside()
+    if is_first():
+      self._set_unreadable_aside()
+    wait_for_all("checkpoints")
+    self._checkpointer.reload()
+    steps = of_all(-1 if self.latest_step is None else self.latest_step)
+    if len(set(steps)) > 1:
+      raise ValueError(
+        f"'{self.folder}' must be one folder that all processes share: the newest checkpoint that"
+        f" each finds there is of step {', '.join(map(str, steps))} (-1: none)"
+      )
 
   def _set_unreadable_aside(self) -> None:
     for checkpoint in self._checkpointer.checkpoints:
@@ -55,7 +69,6 @@ class TrainCheckpointer:
         remove(aside)
         path.rename(aside)
         logging.warning("checkpoint '%s' cannot be read; it is now '%s'", path, aside.name)
-    self._checkpointer.reload()
 
   def _is_readable(self, step: int) -> bool:
     try:

@@ -20,7 +20,7 @@ from jax.sharding import PartitionSpec as P
 
 from longlive_jax.checks import check_divides
 from longlive_jax.config import Experiment
-from longlive_jax.types import DATA, FSDP, HALF, SAMPLES, SEQ, PyTree
+from longlive_jax.types import DATA, FSDP, HALF, SAMPLES, SEQ, Array, ArrayLike, PyTree
 
 
 def mesh_shape(
@@ -64,10 +64,20 @@ def make_mesh(
   layout: str = "balanced",
   devices: Sequence[jax.Device] | None = None,
 ) -> Mesh:
-  """The mesh of these `devices` (default all); see `mesh_shape`."""
+  """The mesh of these `devices` (default all); see `mesh_shape`.
+
+  Raises:
+    ValueError: also if a process would have none of its devices.
+  """
   devices = jax.devices() if devices is None else devices
   shape = mesh_shape(batch, len(devices), fsdp, seq, layout)
   count = math.prod(shape)
+  idle = {d.process_index for d in devices} - {d.process_index for d in devices[:count]}
+  if idle:
+    raise ValueError(
+      f"train.batch / train.accumulate={batch} uses {count} of {len(devices)} devices, and none of"
+      f" process {min(idle)}; use a batch that more of them divide, or fewer processes"
+    )
   if count < len(devices):
     logging.info("a batch of %d uses %d of %d devices", batch, count, len(devices))
   axes = (AxisType.Auto,) * 4
@@ -109,8 +119,16 @@ def own_devices(mesh: Mesh) -> np.ndarray:
 
 
 def replicate(tree: PyTree, mesh: Mesh) -> PyTree:
-  """Arrays put on every device of a mesh."""
-  return jax.device_put(tree, NamedSharding(mesh, P()))
+  """Arrays put on every device of a mesh; those of a process alone are the same in all."""
+  place = NamedSharding(mesh, P())
+
+  def put(array: ArrayLike) -> Array:
+    if place.is_fully_addressable or not getattr(array, "is_fully_addressable", True):
+      return jax.device_put(array, place)
+    here = np.asarray(array)  # to put it would have all processes send it to each other, to compare
+    return jax.make_array_from_callback(here.shape, place, lambda index: here[index])
+
+  return jax.tree.map(put, tree)
 
 
 def split_batch(tree: PyTree, mesh: Mesh) -> PyTree:

@@ -19,10 +19,11 @@ from longlive_jax.config import Experiment, Train
 from longlive_jax.config.load import from_json, to_json
 from longlive_jax.config.walk import differences
 from longlive_jax.io.metrics import MetricWriter
+from longlive_jax.io.processes import is_first, of_first
 from longlive_jax.io.train_checkpoint import TrainCheckpointer
 from longlive_jax.train.rates import Work
 from longlive_jax.train.state import TrainState
-from longlive_jax.train.watch import TERMINATED, Log, Termination, not_finite, progress
+from longlive_jax.train.watch import Log, Terminated, Termination, not_finite, progress
 from longlive_jax.types import Array, PyTree
 
 Step = Callable[[TrainState], tuple[TrainState, dict[str, Array | float]]]
@@ -94,7 +95,8 @@ def run(
 ) -> TrainState:
   """Runs `train.steps` updates, going on from the newest checkpoint in `workdir`.
 
-  SIGTERM ends the run after the step that is being computed, with a checkpoint.
+  SIGTERM ends the run after the step that is being computed, with a checkpoint; if it comes to one
+  of several processes, it ends all after the same step.
 
   Args:
     experiment: checked experiment.
@@ -111,7 +113,7 @@ def run(
   Raises:
     ValueError: `workdir` holds a run with other settings; names the setting.
     FloatingPointError: the loss, or the parameters at a checkpoint, are not finite.
-    SystemExit: SIGTERM came.
+    Terminated: SIGTERM came.
   """
   rider = rider or Rider()
   with open_checkpoints(experiment, workdir) as checkpointer, contextlib.closing(rider):
@@ -141,7 +143,7 @@ def updates(
 ) -> TrainState:
   """The updates after `done` of a run; see `run`."""
   steps, io = experiment.train.steps, experiment.io
-  with Termination(io.log_every_steps) as termination:
+  with Termination() as termination:
     for number in progress(done, steps):
       state, metrics = step(state)
       log.flush()  # of an earlier step, while the device runs this one
@@ -150,7 +152,7 @@ def updates(
         log.keep(number, metrics)
       saver.save(number, state, force=last or ends)
       if ends and not last:
-        raise SystemExit(TERMINATED)
+        raise Terminated
       if rollouts is not None and number % io.evaluate_every_steps == 0:
         log.flush()
         rollouts(number, state.ema)
@@ -184,7 +186,7 @@ def steps_done(experiment: Experiment, workdir: str | Path) -> int:
   Raises:
     ValueError: it is of a run with other settings; names the setting.
   """
-  if not (Path(workdir) / CHECKPOINTS).is_dir():
+  if not of_first((Path(workdir) / CHECKPOINTS).is_dir()):
     return 0
   with open_checkpoints(experiment, workdir) as checkpointer:
     changed_settings(experiment, workdir, checkpointer)
@@ -193,8 +195,7 @@ def steps_done(experiment: Experiment, workdir: str | Path) -> int:
 
 def open_metrics(workdir: str | Path, done: int) -> Any:
   """The writer of the metrics after `done` steps; in one process only, None in the others."""
-  first = jax.process_index() == 0
-  return MetricWriter(workdir, done) if first else contextlib.nullcontext()
+  return MetricWriter(workdir, done) if is_first() else contextlib.nullcontext()
 
 
 def open_checkpoints(experiment: Experiment, workdir: str | Path) -> TrainCheckpointer:

@@ -14,6 +14,7 @@ from jax.experimental import multihost_utils
 from longlive_jax.config import Experiment
 from longlive_jax.data import shapes
 from longlive_jax.data.prompts import Script, Shot, load_script
+from longlive_jax.io.processes import is_first, wait_for_all
 from longlive_jax.model.dit import cast_params
 from longlive_jax.sample.sampler import Models, Sampler
 from longlive_jax.types import PyTree
@@ -42,19 +43,15 @@ class Rollouts:
 
   def __call__(self, step: int, params: PyTree) -> None:
     """Makes the videos of a step; in one process, while the others wait."""
-    dtype = self.experiment.model.dtype
-    here = jax.local_devices()[0]
-    dit = jax.device_put(cast_params(whole(params), dtype), here)
-    if jax.process_index() == 0:
-      self._write(step, dit, here)
-    if jax.process_count() > 1:
-      multihost_utils.sync_global_devices("rollouts")
+    narrow = cast_params(params, self.experiment.model.dtype)
+    host = {name: whole(tree) for name, tree in {**self.models.params, "dit": narrow}.items()}
+    if is_first():
+      self._write(step, jax.device_put(host, jax.local_devices()[0]))
+    wait_for_all("rollouts")
 
-  def _write(self, step: int, dit: PyTree, device: jax.Device) -> None:
+  def _write(self, step: int, params: PyTree) -> None:
     from longlive_jax.io.video import write_video  # needs PyAV, which training does not
 
-    others = {name: whole(tree) for name, tree in self.models.params.items() if name != "dit"}
-    params = jax.device_put(others, device) | {"dit": dit}
     models = dataclasses.replace(self.models, params=params)
     self.sampler = self.sampler or Sampler(models)
     self.sampler.models = models

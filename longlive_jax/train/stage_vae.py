@@ -61,4 +61,4 @@ def train_vae(
     np.asarray(encode(state.ema, jax.tree.map(lambda a, i=i: a[i : i + cfg.batch], packed)))
     for i in range(0, max(groups, 1) * cfg.batch, cfg.batch)
   ]
-  return autoencoder.with_statistics(state.ema, jnp.asarray(np.concatenate(means)))
+  return replicate(autoencoder.with_statistics(state.ema, jnp.asarray(np.concatenate(means))), mesh)
