@@ -151,7 +151,8 @@ class LatentWriter:
     }
     with replacing(self.path / f"{name}{SUFFIX}") as partial:
       text = json.dumps(item, ensure_ascii=False)
-      safetensors.numpy.save_file({"latents": stored}, partial, metadata={"item": text})
+      # not save_file, whose files are their owner's alone
+      partial.write_bytes(safetensors.numpy.save({"latents": stored}, metadata={"item": text}))
 
   def finish(self, expected: int | None = None) -> int:
     """Lists all items in `index.json`.

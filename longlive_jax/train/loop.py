@@ -35,6 +35,7 @@ MAY_CHANGE = (
   "model.attention",
   "model.vae.convolution",
   "data.ahead",
+  "data.path",
   "data.readers",
   "parallel.chunk_vae",
   "parallel.fsdp",
