@@ -5,6 +5,7 @@ time that it waited for data.
 """
 
 import time
+import zlib
 from collections.abc import Callable
 from typing import Any, Protocol
 
@@ -17,6 +18,7 @@ from jax.sharding import PartitionSpec as P
 
 from longlive_jax.config import Experiment
 from longlive_jax.data.latent_files import autoencoder_name
+from longlive_jax.io.processes import is_first, of_all, wait_for_all
 from longlive_jax.model.rope import temporal_table
 from longlive_jax.parallel.halo import Windows, encode, split_windows, whole_clip
 from longlive_jax.parallel.mesh import local_part, replicate, split_batch
@@ -151,8 +153,7 @@ class FileFeed:
     from longlive_jax.data import pipeline  # needs PyAV and grain, which the shapes world does not
 
     self.close()
-    vae = None if self._videos else autoencoder_name(self.models.params["vae"])
-    source = pipeline.open_source(self.experiment, self.models.tokenizer, vae)
+    source = self._open()
     self.fingerprint = source.fingerprint
     rows, ranks = local_part(self.mesh, self.experiment.train.batch)
     spans = [self._spans[rank] for rank in ranks] if self._split else self._spans[:1]
@@ -164,6 +165,21 @@ class FileFeed:
       first_sample=first_sample,
       source=source,
     )
+
+  def _open(self) -> Any:
+    from longlive_jax.data import pipeline
+
+    vae = None if self._videos else autoencoder_name(self.models.params["vae"])
+    if not is_first():
+      wait_for_all("index of files")  # which process 0 writes
+    source = pipeline.open_source(self.experiment, self.models.tokenizer, vae)
+    if is_first():
+      wait_for_all("index of files")
+    if len(set(of_all(zlib.crc32(source.fingerprint.encode()) >> 1))) > 1:
+      raise ValueError(
+        f"data.path='{self.experiment.data.path}': the processes find different files there"
+      )
+    return source
 
   def close(self) -> None:
     if self._samples is not None:
