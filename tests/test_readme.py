@@ -75,6 +75,8 @@ def flags_of(module: str) -> set[str]:
     first = node.args[0].value if node.args and isinstance(node.args[0], ast.Constant) else ""
     if called == "define_config_flag":
       names.add("config")
+    elif called == "define_process_flags":
+      names |= flags_of("launch.processes")
     elif "DEFINE_" in called or called.endswith("add_argument"):
       names.add(str(first).lstrip("-"))
   return names
