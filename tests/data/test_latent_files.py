@@ -108,7 +108,7 @@ def test_a_stopped_writer_leaves_what_another_goes_on_with(experiment, monkeypat
 
   writer = LatentWriter(experiment.data.path, LatentFormat.of(experiment, "v"))
   with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-    patch.setattr(latent_write.safetensors.numpy, "save_file", stop)
+    patch.setattr(latent_write.safetensors.numpy, "save", stop)
     writer.add("00002", latents_of(2), ["a", "b"], [0, 0], 4)
   again = LatentWriter(experiment.data.path, LatentFormat.of(experiment, "v"))
   assert again.has("00000") and again.has("00001") and not again.has("00002")
