@@ -22,7 +22,8 @@ SLOWEST = (
 COMPILED_QUICKLY = (
   "launch",
   "model",
-  "parallel",
+  "parallel/test_halo.py",
+  "parallel/test_mesh.py",
   "quant/test_policy.py",
   "quant/test_training_memory.py",
   "sample",

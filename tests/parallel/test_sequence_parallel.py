@@ -58,7 +58,7 @@ def normal(seed: int, *shape: int) -> Array:
 @pytest.fixture(scope="module")
 def params() -> PyTree:
   leaves, tree = jax.tree.flatten(NETWORK.init(0))
-  noisy = [a + 0.2 * normal(i, *a.shape) for i, a in enumerate(leaves)]
+  noisy = [a + 0.3 * normal(i, *a.shape) for i, a in enumerate(leaves)]
   return jax.tree.unflatten(tree, noisy)
 
 
