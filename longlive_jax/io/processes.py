@@ -13,6 +13,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from longlive_jax.io.atomic import partial_name, replacing
+from longlive_jax.types import ArrayLike, PyTree
 
 
 def is_first() -> bool:
@@ -34,6 +35,17 @@ def wait_for_all(what: str) -> None:
   """Returns when all processes are here."""
   if jax.process_count() > 1:
     multihost_utils.sync_global_devices(what)
+
+
+def whole(tree: PyTree) -> PyTree:
+  """Arrays on the host of this process, whatever devices of whatever processes hold them."""
+
+  def fetch(leaf: ArrayLike) -> np.ndarray:
+    if isinstance(leaf, jax.Array) and not leaf.is_fully_addressable:
+      return multihost_utils.process_allgather(leaf, tiled=True)
+    return jax.device_get(leaf)
+
+  return jax.tree.map(fetch, tree)
 
 
 @contextlib.contextmanager

@@ -23,6 +23,7 @@ from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
 from longlive_jax.checks import check_at_least, check_divides
+from longlive_jax.config import Experiment
 from longlive_jax.model.module import Network
 from longlive_jax.model.vae import TIME, from_uint8
 from longlive_jax.types import SAMPLES, SEQ, Array, PyTree
@@ -78,6 +79,14 @@ def whole_clip(latents: int, ranks: int) -> Windows:
   own = latents // ranks
   drops = tuple(rank * own for rank in range(ranks))
   return Windows(TIME * (latents - 1) + 1, (0,) * ranks, drops, own)
+
+
+def windows_of(experiment: Experiment, ranks: int) -> tuple[Windows, bool]:
+  """What each of `ranks` devices encodes of a training clip, and whether they differ in it."""
+  latents = experiment.data.blocks * experiment.model.block_latents
+  if experiment.parallel.chunk_vae and ranks > 1:
+    return split_windows(latents, ranks, experiment.parallel.halo_latents), True
+  return whole_clip(latents, ranks), False
 
 
 def encode(

@@ -21,11 +21,11 @@ from jax.sharding import PartitionSpec as P
 from longlive_jax.config import Experiment
 from longlive_jax.eval.bench import Record, setting
 from longlive_jax.eval.flops import encode_flops, peak_flops, step_flops, text_flops
-from longlive_jax.parallel.halo import Windows, encode, split_windows, whole_clip
+from longlive_jax.parallel.halo import encode, windows_of
 from longlive_jax.parallel.mesh import mesh_of
 from longlive_jax.sample.sampler import Models
 from longlive_jax.train.feed import text_dropout, turns_of
-from longlive_jax.train.state import init_state, make_optimizer
+from longlive_jax.train.state import init_state, make_optimizer, place_state
 from longlive_jax.train.step import Clips, make_loss, make_part, make_step, state_places
 from longlive_jax.types import SAMPLES, SEQ, Array, PyTree
 
@@ -43,14 +43,6 @@ def varied(experiment: Experiment, name: str) -> Experiment:
   """The experiment as a variant of `VARIANTS`."""
   parallel = dataclasses.replace(experiment.parallel, **VARIANTS[name])
   return dataclasses.replace(experiment, parallel=parallel)
-
-
-def windows_of(experiment: Experiment, mesh: Mesh) -> tuple[Windows, bool]:
-  """What a device encodes, and whether it has frames of its own."""
-  latents, ranks = experiment.data.blocks * experiment.model.block_latents, mesh.shape[SEQ]
-  split = experiment.parallel.chunk_vae and ranks > 1
-  halo = experiment.parallel.halo_latents
-  return (split_windows(latents, ranks, halo) if split else whole_clip(latents, ranks)), split
 
 
 def random_on(mesh: Mesh, shape: tuple[int, ...], spec: P, dtype: Any, seed: int) -> Array:
@@ -79,7 +71,7 @@ def random_clips(experiment: Experiment, mesh: Mesh) -> Clips:
 
 def encode_part(experiment: Experiment, models: Models, mesh: Mesh) -> tuple[Any, tuple[Any, ...]]:
   """(function, arguments) of encoding the clips of an update."""
-  windows, split = windows_of(experiment, mesh)
+  windows, split = windows_of(experiment, mesh.shape[SEQ])
   video = experiment.video
   shape = (experiment.train.batch, mesh.shape[SEQ] if split else 1, windows.frames)
   spec = P(SAMPLES, SEQ) if split else P(SAMPLES)
@@ -175,7 +167,7 @@ class Variant:
 
   def flops(self, name: str) -> float:
     """Model operations of a part, of all devices; of encoding, what they do together."""
-    e, windows = self.experiment, windows_of(self.experiment, self.mesh)[0]
+    e, windows = self.experiment, windows_of(self.experiment, self.mesh.shape[SEQ])[0]
     size = (windows.encoded, e.video.height, e.video.width)
     whole = step_flops(e)
     return {
@@ -199,10 +191,7 @@ def measure(
   """
   made = {name: Variant(varied(experiment, name), models, parts) for name in variants}
   first = next(iter(made.values()))
-  begin = jax.jit(
-    lambda p: init_state(p, first.optimizer), out_shardings=first.places, donate_argnums=0
-  )
-  state = begin(jax.device_put(models.params["dit"], first.places.params))
+  state = place_state(models.params["dit"], first.optimizer, first.places)
   times: dict[tuple[str, str], list[float]] = {(v, p): [] for v in made for p in parts}
   for number in range(repeats + 1):
     for name, variant in made.items():

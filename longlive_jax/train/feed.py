@@ -20,7 +20,7 @@ from longlive_jax.config import Experiment
 from longlive_jax.data.latent_files import autoencoder_name
 from longlive_jax.io.processes import is_first, of_all, wait_for_all
 from longlive_jax.model.rope import temporal_table
-from longlive_jax.parallel.halo import Windows, encode, split_windows, whole_clip
+from longlive_jax.parallel.halo import Windows, encode, windows_of
 from longlive_jax.parallel.mesh import local_part, replicate, split_batch
 from longlive_jax.sample.sampler import Models
 from longlive_jax.train import clips
@@ -133,19 +133,14 @@ class FileFeed:
   """
 
   def __init__(self, experiment: Experiment, models: Models, mesh: Mesh):
-    parallel, ranks = experiment.parallel, mesh.shape[SEQ]
     self.experiment, self.models, self.mesh = experiment, models, mesh
     self.waited, self.fingerprint = 0.0, ""
-    latents = experiment.data.blocks * experiment.model.block_latents
     self._videos = experiment.data.source == "videos"
-    self._split = not self._videos or (parallel.chunk_vae and ranks > 1)
-    windows = whole_clip(latents, ranks)
-    if self._videos and self._split:
-      windows = split_windows(latents, ranks, parallel.halo_latents)
-    own = latents // ranks
-    self._spans = (
-      windows.spans if self._videos else [(p * own, (p + 1) * own) for p in range(ranks)]
-    )
+    windows, self._split = windows_of(experiment, mesh.shape[SEQ])
+    self._spans = windows.spans
+    if not self._videos:  # latents are cut without a halo
+      parts = range(0, windows.latents * mesh.shape[SEQ], windows.latents)
+      self._spans, self._split = tuple((p, p + windows.latents) for p in parts), True
     self._encode = jax.jit(encode_files(experiment, models, mesh, windows))
     self._samples: Any = None
 

@@ -1,8 +1,9 @@
 """Error recycling between a training step and its banks.
 
-Errors of a step are taken into the banks while the next one runs, so that the device never waits:
-step n adds errors of steps up to n - 2. What is on its way is saved with the banks. Banks and
-decisions are the same in every process, whatever the mesh.
+Errors of a step are taken into the banks while the next one runs: step n adds errors of steps up to
+n - 2. Its noise levels are drawn before the step before it is launched, for what a device is asked
+later it answers after that step. What is on its way is saved with the banks. Banks and decisions
+are the same in every process, whatever the mesh.
 """
 
 import dataclasses
@@ -10,11 +11,11 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from longlive_jax.config import Experiment
+from longlive_jax.io.processes import whole
 from longlive_jax.train.error_bank import Injection, Recycler
 from longlive_jax.train.step import Errors, block_levels
 from longlive_jax.types import SAMPLES, SEQ, Array
@@ -54,6 +55,7 @@ class Recycling:
     self._levels = block_levels(experiment)
     self._sharding = NamedSharding(mesh, P(SAMPLES, SEQ))
     self._zeros = self._place(np.zeros(self.shape, dtype))
+    self._ahead: tuple[int, Array] | None = None
     self._now: tuple[Injection, np.ndarray] | None = None
     self._pending: Pending | None = None
 
@@ -62,7 +64,7 @@ class Recycling:
 
   def errors(self, step: int) -> Errors:
     """What the step after `step` updates adds to noise, latents and context; zeros for nothing."""
-    indices = np.repeat(np.asarray(self._levels(step)), self.block_latents, 1)
+    indices = np.repeat(self._levels_of(step), self.block_latents, 1)
     ready = step >= self.cfg.start_step
     injection = self.recycler.draw(indices, self.shape) if ready else Injection(clean=False)
     self._now = injection, indices
@@ -70,6 +72,12 @@ class Recycling:
       self._zeros if error is None else self._place(error) for error in injection.arrays()
     )
     return noise, latents, context
+
+  def _levels_of(self, step: int) -> np.ndarray:
+    """Entries of the table that a step draws, `[B, P]`; those of the next one are asked for."""
+    ahead, self._ahead = self._ahead, (step + 1, self._levels(step + 1))
+    drawn = ahead[1] if ahead is not None and ahead[0] == step else self._levels(step)
+    return np.asarray(drawn)
 
   def take(self, made: tuple[Array, Array]) -> None:
     """Remembers what the step made, and takes in what the one before it did."""
@@ -82,7 +90,7 @@ class Recycling:
     """Takes in what is remembered."""
     if self._pending is not None:
       held, self._pending = self._pending, None
-      self.recycler.keep(held.injection, held.indices, *fetch(held.made))
+      self.recycler.keep(held.injection, held.indices, *whole(held.made))
 
   @property
   def metrics(self) -> dict[str, float]:
@@ -97,7 +105,7 @@ class Recycling:
     """All that a run needs to go on, by name; see `restore`."""
     arrays = self.recycler.state()
     if (held := self._pending) is not None:
-      latents, noise = fetch(held.made)
+      latents, noise = whole(held.made)
       arrays |= {
         f"pending/{LATENTS}": latents,
         f"pending/{NOISE}": noise,
@@ -113,11 +121,3 @@ class Recycling:
     if pending:
       injection = Injection(clean=bool(pending[CLEAN]))
       self._pending = Pending(injection, pending[INDICES], (pending[LATENTS], pending[NOISE]))
-
-
-def fetch(made: tuple[Array | np.ndarray, Array | np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
-  """Errors on the host, whole in every process."""
-  if jax.process_count() > 1:
-    made = multihost_utils.process_allgather(made, tiled=True)
-  latents, noise = jax.device_get(made)
-  return latents, noise

@@ -9,12 +9,11 @@ from pathlib import Path
 import jax
 import numpy as np
 from absl import logging
-from jax.experimental import multihost_utils
 
 from longlive_jax.config import Experiment
 from longlive_jax.data import shapes
 from longlive_jax.data.prompts import Script, Shot, load_script
-from longlive_jax.io.processes import is_first, wait_for_all
+from longlive_jax.io.processes import is_first, wait_for_all, whole
 from longlive_jax.model.dit import cast_params
 from longlive_jax.sample.sampler import Models, Sampler
 from longlive_jax.types import PyTree
@@ -59,13 +58,6 @@ class Rollouts:
       path = self.folder / f"{step:06d}" / f"{name}.mp4"
       write_video(path, self.sampler.stream(script), self.experiment.video.fps)
     logging.info("step %d: videos in '%s'", step, self.folder / f"{step:06d}")
-
-
-def whole(tree: PyTree) -> PyTree:
-  """Arrays on the host of this process, whatever devices hold them."""
-  if jax.process_count() > 1:
-    return multihost_utils.process_allgather(tree, tiled=True)
-  return jax.device_get(tree)
 
 
 def find_scripts(experiment: Experiment) -> dict[str, Script]:

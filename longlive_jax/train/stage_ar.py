@@ -17,7 +17,7 @@ from longlive_jax.train.feed import Feed, FileFeed, ShapesFeed
 from longlive_jax.train.loop import Rider, Work, run
 from longlive_jax.train.recycle import Recycling
 from longlive_jax.train.rollouts import Rollouts
-from longlive_jax.train.state import TrainState, init_state, make_optimizer
+from longlive_jax.train.state import TrainState, make_optimizer, place_state
 from longlive_jax.train.step import make_step, state_places
 from longlive_jax.types import Array, PyTree
 
@@ -40,9 +40,7 @@ def train_ar(
   mesh, optimizer = mesh or mesh_of(experiment), make_optimizer(experiment.train)
   logging.info("mesh %s", ", ".join(f"{name} {size}" for name, size in mesh.shape.items()))
   places = state_places(models, optimizer, mesh)
-  params = models.params["dit"]
-  start = jax.jit(lambda p: init_state(p, optimizer), out_shardings=places, donate_argnums=0)
-  state = start(jax.device_put(params, places.params))
+  state = place_state(models.params["dit"], optimizer, places)
   rollouts = Rollouts(experiment, models, workdir) if experiment.io.evaluate_every_steps else None
   rider = Ar(experiment, models, optimizer, mesh)
   return run(experiment, workdir, state, rider, rider, work_of(experiment, mesh), rollouts).ema

@@ -79,6 +79,14 @@ def init_state(params: PyTree, optimizer: optax.GradientTransformation) -> Train
   return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params), copy)
 
 
+def place_state(
+  params: PyTree, optimizer: optax.GradientTransformation, places: TrainState
+) -> TrainState:
+  """`init_state` with every leaf made where it lives; `params` are taken over."""
+  start = jax.jit(lambda p: init_state(p, optimizer), out_shardings=places, donate_argnums=0)
+  return start(jax.device_put(params, places.params))
+
+
 def apply_gradients(
   state: TrainState, gradients: PyTree, optimizer: optax.GradientTransformation, cfg: Train
 ) -> TrainState:
