@@ -32,7 +32,7 @@ from longlive_jax.model.dit import declare_dit
 from longlive_jax.model.module import count_parameters
 from longlive_jax.model.text import declare_text
 from longlive_jax.model.vae import declare_vae
-from longlive_jax.parallel.halo import Windows, split_windows, whole_clip
+from longlive_jax.parallel.halo import Windows, windows_of
 from longlive_jax.types import CLIP, SAMPLES, SEQ
 
 REACHED = 0.8  # of the peak: what large bfloat16 products reach on a Hopper GPU
@@ -102,7 +102,10 @@ def make_plan(experiment: Experiment, devices: int, device_kind: str = "") -> Pl
     raise ValueError(f"the peak of device_kind={device_kind!r} is not known; known are {known}")
   mesh, cfg = abstract_mesh(experiment, devices), experiment.model
   networks = {"dit": declare_dit(cfg), "vae": declare_vae(cfg.vae), "text": declare_text(cfg.text)}
-  traced, windows = trace(experiment, networks["dit"], mesh), encoded(experiment, mesh)
+  traced, windows = (
+    trace(experiment, networks["dit"], mesh),
+    windows_of(experiment, mesh.shape[SEQ])[0],
+  )
   work = device_flops(experiment, mesh, traced, windows)
   sent = {"all-to-all forward": traced.forward.sent, "all-to-all backward": traced.backward_sent}
   sent = {name: float(n * experiment.train.accumulate) for name, n in sent.items()}
@@ -123,14 +126,6 @@ def make_plan(experiment: Experiment, devices: int, device_kind: str = "") -> Pl
     device_kind=device_kind,
     seconds=None if peak is None else sum(work.values()) / (REACHED * peak),
   )
-
-
-def encoded(experiment: Experiment, mesh: AbstractMesh) -> Windows:
-  """What the devices of a clip encode."""
-  parallel, latents = experiment.parallel, clip_latents(experiment)
-  if parallel.chunk_vae:
-    return split_windows(latents, mesh.shape[SEQ], parallel.halo_latents)
-  return whole_clip(latents, mesh.shape[SEQ])
 
 
 def device_flops(

@@ -10,12 +10,13 @@ import pytest
 
 from longlive_jax.config.load import load_config
 from longlive_jax.eval import plan_trace
-from longlive_jax.eval.plan import REACHED, encoded, make_plan, sizes
+from longlive_jax.eval.plan import REACHED, make_plan, sizes
 from longlive_jax.eval.plan_bytes import Whole, bank_bytes, bank_growth
 from longlive_jax.eval.plan_text import format_plan
 from longlive_jax.eval.trace import kept_bytes, kernel_attention, linearise, work
 from longlive_jax.model.dit import declare_dit
 from longlive_jax.model.ops import dense_attention
+from longlive_jax.parallel.halo import windows_of
 from longlive_jax.parallel.mesh import make_mesh
 from longlive_jax.parallel.rules import DIT_RULES, shardings_of
 from longlive_jax.train.error_bank import Recycler
@@ -182,11 +183,11 @@ def test_videos_are_encoded_in_windows():
   videos = {"data.source": "videos", "data.path": "clips", "parallel.seq": 4}
   experiment = wan(**videos)
   mesh = plan_trace.abstract_mesh(experiment, 4)
-  found = sizes(experiment, mesh, encoded(experiment, mesh))
+  found = sizes(experiment, mesh, windows_of(experiment, mesh.shape["seq"])[0])
   assert found["latents encoded"] == 24 + 27 + 1
   assert found["pixels uploaded"] == (4 * 51 + 1) * 704 * 1280
   every = wan(**videos, **{"parallel.chunk_vae": False})
-  assert sizes(every, mesh, encoded(every, mesh))["latents encoded"] == 96
+  assert sizes(every, mesh, windows_of(every, mesh.shape["seq"])[0])["latents encoded"] == 96
 
 
 def test_files_need_no_bank_and_a_split_text_encoder():

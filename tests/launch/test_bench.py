@@ -13,7 +13,7 @@ from longlive_jax.config.load import load_config
 from longlive_jax.eval import bench_block
 from longlive_jax.eval.bench import Case, chain, measure
 from longlive_jax.model.ops import REFERENCE
-from tests.launch.tiny import OVERRIDES
+from tests.launch.tiny import OVERRIDES, TINY
 
 BLOCK = {"model.width": 64, "model.ffn_width": 64, "model.heads": 2}
 QUICK = ("--sizes=tiny", "--repeats=3", "--warm_seconds=0")
@@ -88,3 +88,39 @@ def test_errors_and_rates_are_of_one_job():
   right, off = measure(case, repeats=2, warm_seconds=0.0)
   assert right["error"] == 0 and off["error"] == pytest.approx(0.01, rel=1e-3)
   assert right["tflops_per_second"] == pytest.approx(16 / right["median_us"] / 1e6)
+
+
+TRAIN = (
+  *TINY,
+  "--config.io.checkpoint=",
+  "--config.data.blocks=2",
+  "--config.train.batch=1",
+  "--repeats=2",
+)
+
+
+def test_parts_of_a_training_step_are_timed_in_each_layout(program, tmp_path):
+  out = tmp_path / "train.jsonl"
+  variants = ("--config.parallel.seq=2", "--variants=balanced,plain", "--parts=vae,forward")
+  done = program("bench_train", *TRAIN, *variants, f"--out={out}")
+  assert done.code == 0, done.stderr
+  records = [json.loads(line) for line in out.read_text().splitlines()]
+  found = {(record["implementation"], record["part"]): record for record in records}
+  assert set(found) == {(v, p) for v in ("balanced", "plain") for p in ("vae", "forward")}
+  for (variant, _), record in found.items():
+    assert 0 < record["p10_seconds"] <= record["median_seconds"] <= record["p90_seconds"]
+    assert record["sizes"]["half"] * record["sizes"]["seq"] == 2
+    assert record["sizes"]["half"] == (2 if variant == "plain" else 1)
+
+
+def test_the_share_of_one_of_several_devices_is_timed(program, tmp_path):
+  out = tmp_path / "share.jsonl"
+  done = program("bench_train", *TRAIN, "--ranks=2", "--parts=vae", f"--out={out}")
+  assert done.code == 0, done.stderr
+  (record,) = [json.loads(line) for line in out.read_text().splitlines()]
+  assert record["sizes"]["devices"] == 2 and record["median_seconds"] > 0
+
+
+def test_parts_and_layouts_that_are_not_known(program):
+  done = program("bench_train", *TRAIN, "--parts=sideways")
+  assert done.code == 2 and "--parts has 'sideways'; use some of vae, text" in done.stderr
