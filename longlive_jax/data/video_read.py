@@ -15,20 +15,13 @@ from typing import Any
 
 import av
 import numpy as np
-from av.video.reformatter import Interpolation
 
 from longlive_jax.checks import check_choice
 from longlive_jax.data.video_index import Clip
 from longlive_jax.data.video_plan import Plan
+from longlive_jax.io.video import PRECISE
 
 FITS = ("crop", "stretch")
-INTERPOLATION = (
-  Interpolation.BILINEAR
-  | Interpolation.ACCURATE_RND
-  | Interpolation.FULL_CHR_H_INT
-  | Interpolation.FULL_CHR_H_INP
-  | Interpolation.BITEXACT  # the same on every processor
-)
 EARLIER_SECONDS = (0, 2, 10, 30)  # before the wanted frame; after these, the whole file
 
 
@@ -91,9 +84,7 @@ def pixels_of(frame: av.VideoFrame, height: int, width: int, fit: str) -> np.nda
   size = (frame.height, frame.width) if quarters % 2 == 0 else (frame.width, frame.height)
   scaled = covering(*size, height, width) if fit == "crop" else (height, width)
   stored = scaled if quarters % 2 == 0 else scaled[::-1]
-  made = frame.reformat(
-    width=stored[1], height=stored[0], format="rgb24", interpolation=INTERPOLATION
-  )
+  made = frame.reformat(width=stored[1], height=stored[0], format="rgb24", interpolation=PRECISE)
   image = np.rot90(made.to_ndarray(), quarters)
   top, left = (scaled[0] - height) // 2, (scaled[1] - width) // 2
   return image[top : top + height, left : left + width]

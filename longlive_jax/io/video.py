@@ -16,14 +16,20 @@ from typing import Any
 
 import av
 import numpy as np
-from av.video.reformatter import ColorPrimaries, ColorRange, Colorspace, ColorTrc
+from av.video.reformatter import ColorPrimaries, ColorRange, Colorspace, ColorTrc, Interpolation
 from PIL import Image
 
 from longlive_jax.checks import check_at_least
 from longlive_jax.io.atomic import check_writable, replacing
+from longlive_jax.io.palette import PALETTE_FRAMES, gif_size, indexed, shared_palette, spread
 
-GIF_MAX_WIDTH = 640  # wider videos are scaled down: a GIF spends about a byte a pixel
-PALETTE_FRAMES = 48  # frames the shared palette of a GIF is computed from
+PRECISE = (  # colours within one level, and the same ones on every processor
+  Interpolation.BILINEAR
+  | Interpolation.ACCURATE_RND
+  | Interpolation.BITEXACT
+  | Interpolation.FULL_CHR_H_INT
+  | Interpolation.FULL_CHR_H_INP
+)
 PNG_NUMBER = re.compile(r"%0?\d*d")
 
 Frames = Iterable[np.ndarray]
@@ -125,7 +131,10 @@ def write_mp4(path: Path, frames: Iterator[np.ndarray], fps: Fraction, crf: int)
 def bt709_frame(frame: np.ndarray) -> av.VideoFrame:
   """A frame `[H, W, 3]` as limited-range BT.709 4:2:0."""
   return av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), format="rgb24").reformat(
-    format="yuv420p", dst_colorspace=Colorspace.ITU709, dst_color_range=ColorRange.MPEG
+    format="yuv420p",
+    dst_colorspace=Colorspace.ITU709,
+    dst_color_range=ColorRange.MPEG,
+    interpolation=PRECISE,
   )
 
 
@@ -165,37 +174,6 @@ def write_gif(path: Path, frames: Iterator[np.ndarray], fps: Fraction, crf: int)
       stream = container.add_stream("gif", rate=fps)
       stream.width, stream.height, stream.pix_fmt = width, height, "pal8"
       return encode(container, stream, (indexed(stored(i), palette) for i in range(count)))
-
-
-def gif_size(height: int, width: int) -> tuple[int, int]:
-  """Height and width of the GIF of a video."""
-  if width <= GIF_MAX_WIDTH:
-    return height, width
-  return max(1, round(height * GIF_MAX_WIDTH / width)), GIF_MAX_WIDTH
-
-
-def spread(count: int, most: int) -> list[int]:
-  """At most `most` indices spread evenly over `range(count)`."""
-  return sorted({int(i) for i in np.linspace(0, count - 1, min(count, most)).round()})
-
-
-def shared_palette(images: list[Image.Image]) -> Image.Image:
-  """An image whose palette of 256 colours fits all `images` (of one size)."""
-  width, height = images[0].size
-  step = max(1, height * width * len(images) // 2**21)  # two million pixels are plenty
-  pixels = np.stack([np.asarray(image) for image in images]).reshape(-1, 3)[::step]
-  sheet = Image.fromarray(np.ascontiguousarray(pixels)[None])
-  return sheet.quantize(256, method=Image.Quantize.MEDIANCUT)
-
-
-def indexed(image: Image.Image, palette: Image.Image) -> av.VideoFrame:
-  """The nearest colours of the palette, as a paletted frame."""
-  chosen = image.quantize(palette=palette, dither=Image.Dither.NONE)
-  colours = np.asarray(palette.getpalette("RGB"), np.uint8).reshape(-1, 3)
-  table = np.full((256, 4), 255, np.uint8)  # alpha, red, green, blue
-  table[: len(colours), 1:] = colours
-  pair: Any = np.asarray(chosen), table  # the form that pal8 takes, though it is not declared
-  return av.VideoFrame.from_ndarray(pair, format="pal8")
 
 
 def write_pngs(path: Path, frames: Iterator[np.ndarray], fps: Fraction, crf: int) -> int:
@@ -276,7 +254,7 @@ def read_video(
       if not container.streams.video:
         raise ValueError(f"'{path}' holds no video")
       for frame in nearest_frames(container, fps):
-        image = frame.to_ndarray(format="rgb24")
+        image = rgb(frame)
         kept.append(resized(image, height or image.shape[0], width or image.shape[1]))
         if len(kept) == frames:
           break
@@ -285,6 +263,11 @@ def read_video(
   if not kept or (frames is not None and len(kept) < frames):
     raise ValueError(f"video '{path}' has {len(kept)} frames; {frames or 1} are needed")
   return np.stack(kept)
+
+
+def rgb(frame: av.VideoFrame) -> np.ndarray:
+  """The pixels of a decoded frame, `[H, W, 3]` uint8, by the matrix and range that it names."""
+  return frame.reformat(format="rgb24", interpolation=PRECISE).to_ndarray()
 
 
 def nearest_frames(container: Any, fps: float | None) -> Iterator[av.VideoFrame]:

@@ -10,7 +10,7 @@ from longlive_jax.data.video_index import Clip, Folder, read_index
 from longlive_jax.data.video_plan import Plan, Rules, plan_from, starts
 from longlive_jax.data.video_probe import probe
 from longlive_jax.data.video_read import read_clip, read_frames
-from longlive_jax.io.video import read_video, write_video
+from longlive_jax.io.video import read_video, rgb, write_video
 
 OPEN_GOP = {"g": "12", "bf": "3", "crf": "10", "x264-params": "open-gop=1:b-pyramid=normal"}
 KINDS = {
@@ -57,7 +57,7 @@ def test_a_seek_gives_what_decoding_from_the_beginning_gives(numbered, number_of
     found = dict(read_clip(path.parent, clip, wanted))
     assert list(found) == list(range(len(wanted)))
     for at, frame in found.items():
-      np.testing.assert_array_equal(frame.to_ndarray(format="rgb24"), whole[wanted[at]])
+      np.testing.assert_array_equal(rgb(frame), whole[wanted[at]])
 
 
 def test_windows_make_up_the_sample(videos, number_of):
