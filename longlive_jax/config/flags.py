@@ -74,22 +74,25 @@ def check_no_variant(path: str, variant: str) -> None:
     raise ValueError(f"configuration '{path}' has no variants, so no '{variant}'")
 
 
-def run_main(main: Callable[[list[str]], object], *, default_config: str = "") -> None:
+def run_main(
+  main: Callable[[list[str]], object], *, default_config: str = "", arguments: int = 0
+) -> None:
   """Runs the main of a launch script, as `absl.app.run` does, and ends the process.
 
   An error of the user (`USER_ERRORS`) is one line on stderr and exit code 2; `--debug` or `--v=1`
   shows its traceback. An interruption is exit code 130, SIGTERM 143; both run all clean-up first.
 
   Args:
-    main: called with the name of the program once flags are parsed.
+    main: called with the name of the program, and its arguments, once flags are parsed.
     default_config: what `--config` is when it is not given; empty: it must be given.
+    arguments: how many arguments that are no flags it takes at most.
   """
   if "debug" not in flags.FLAGS:
     flags.DEFINE_bool("debug", False, "show the traceback of an error")
   signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
 
   def parse(argv: Sequence[str]) -> list[str]:
-    return one_line_errors(lambda: parse_flags(list(argv), default_config))
+    return one_line_errors(lambda: parse_flags(list(argv), default_config, arguments))
 
   tidy_output()
   app.run(lambda argv: one_line_errors(lambda: main(argv)), flags_parser=parse)
@@ -149,8 +152,8 @@ def describe(error: BaseException) -> str:
   return " ".join(str(error).split()) or type(error).__name__
 
 
-def parse_flags(argv: list[str], default_config: str) -> list[str]:
-  """Parses all flags; returns what is left, the name of the program.
+def parse_flags(argv: list[str], default_config: str, arguments: int = 0) -> list[str]:
+  """Parses all flags; returns what is left, the name of the program and its arguments.
 
   Raises:
     ValueError: no or an unknown configuration, setting or variant, or a stray argument.
@@ -166,8 +169,9 @@ def parse_flags(argv: list[str], default_config: str) -> list[str]:
     rest = flags.FLAGS(argv)
   except (AttributeError, SyntaxError) as error:  # of the code in a configuration file
     raise ValueError(f"the configuration cannot be loaded: {error}") from error
-  if len(rest) > 1:
-    raise ValueError(f"unexpected argument '{rest[1]}'; flags are written --name=value")
+  if len(rest) > 1 + arguments:
+    stray = rest[1 + arguments]
+    raise ValueError(f"unexpected argument '{stray}'; flags are written --name=value")
   return rest
 
 

@@ -295,7 +295,7 @@ def test_a_foreign_tensor_of_another_shape_is_refused_by_its_key():
   key = "decoder.conv1.weight"
   tensors = foreign_tensors()
   tensors[key] = tensors[key][:-1]
-  with pytest.raises(ValueError, match=rf"^{key} has shape .*; it must be "):
+  with pytest.raises(ValueError, match=rf"^'{key}' has shape .*; by the configuration it must be "):
     import_params(vae_rows(SMALL), tensors, declare_vae(SMALL).abstract)
 
 

@@ -1,0 +1,187 @@
+"""Writes a checkpoint leaf by leaf; what was written before an interruption is not written again.
+
+The work is done in a hidden folder beside the result, `.NAME.unfinished`. It holds a plan, which
+says what is being made of what, and the finished groups. A run that is started again with the same
+plan goes on; with another one it starts afresh. The result appears under its name when it is whole.
+"""
+
+import contextlib
+import fcntl
+import functools
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from longlive_jax.convert.leaves import FLOATING, Leaves
+from longlive_jax.convert.stored import Stored
+from longlive_jax.io.atomic import check_kind, remove
+from longlive_jax.io.checkpoint import CONFIG, METADATA, check_replaceable, save_group, write_json
+
+PLAN = "plan.json"
+GROUP_BYTES = 2**28
+Progress = Callable[[int], object]
+
+
+def write_checkpoint(
+  folder: str | Path,
+  networks: Mapping[str, Leaves],
+  config: Mapping[str, object],
+  metadata: Mapping[str, object],
+  files: Sequence[Path],
+  *,
+  progress: Progress = lambda size: None,
+  group_bytes: int = GROUP_BYTES,
+) -> None:
+  """Writes the leaves of networks; see `io.checkpoint` for the layout.
+
+  Args:
+    folder: where to; an older checkpoint there is replaced.
+    networks: name of a network -> its leaves.
+    config: the resolved configuration, as JSON.
+    metadata: what made the weights, as JSON; "sources" with names, bytes and SHA-256 is added.
+    files: what the leaves are read from, hashed meanwhile.
+    progress: called with the bytes of every group that is there.
+    group_bytes: leaves are written together until they are this large.
+
+  Raises:
+    ValueError: a leaf is not finite, the folder is something else, or another process writes it;
+      nothing is left behind then.
+    OSError: the place cannot be written.
+  """
+  folder = Path(folder)
+  check_replaceable(folder)
+  plan = {"networks": plan_of(networks), "files": [stamp(file) for file in files]}
+  plan |= {"config": dict(config), "metadata": dict(metadata), "group_bytes": group_bytes}
+  with unfinished(folder, plan) as partial, ThreadPoolExecutor(1) as pool:
+    hashes = [(file, pool.submit(sha256, file)) for file in files]
+    try:
+      for name, leaves in networks.items():
+        write_groups(partial / name, name, leaves, group_bytes, progress)
+      sources = [
+        {"name": file.name, "bytes": file.stat().st_size, "sha256": result.result()}
+        for file, result in hashes
+      ]
+    finally:
+      pool.shutdown(cancel_futures=True)
+    write_json(partial / METADATA, {**metadata, "sources": sources} if files else metadata)
+    write_json(partial / CONFIG, config)
+
+
+def plan_of(networks: Mapping[str, Leaves]) -> dict[str, Any]:
+  """Names, shapes and dtypes of all leaves, shortened to a digest a network."""
+  described = {
+    name: [[key, stored.shape, str(stored.dtype)] for key, stored in leaves.items()]
+    for name, leaves in networks.items()
+  }
+  return {n: hashlib.sha256(json.dumps(d).encode()).hexdigest() for n, d in described.items()}
+
+
+def stamp(file: Path) -> list[object]:
+  """What tells whether a file has changed, without reading it."""
+  found = file.stat()
+  return [str(file.absolute()), found.st_size, found.st_mtime_ns]
+
+
+def sha256(file: Path) -> str:
+  """The hash of a file's content."""
+  with file.open("rb") as opened:
+    return hashlib.file_digest(opened, "sha256").hexdigest()
+
+
+@contextlib.contextmanager
+def unfinished(folder: Path, plan: Mapping[str, Any]) -> Iterator[Path]:
+  """The hidden folder of a conversion, renamed to `folder` when the body ends.
+
+  It stays for the next run when the process is killed or interrupted, and goes on any error.
+  """
+  partial = folder.with_name(f".{folder.name}.unfinished")
+  partial.mkdir(parents=True, exist_ok=True)
+  with locked(partial, folder):
+    if not is_of(partial, plan):
+      for entry in partial.iterdir():
+        remove(entry)
+      write_json(partial / PLAN, plan)
+    with contextlib.ExitStack() as stack:
+      stack.push(functools.partial(forget, partial))
+      yield partial
+    remove(partial / PLAN)
+    check_kind(folder, folder=True)
+    old = folder.with_name(f".{folder.name}.old-{os.getpid()}")
+    if folder.is_dir():
+      folder.rename(old)
+    partial.rename(folder)
+    remove(old)
+
+
+def forget(partial: Path, kind: type[BaseException] | None, *details: object) -> None:
+  """Removes an unfinished folder after an error; an interruption is none."""
+  del details
+  if kind is not None and issubclass(kind, Exception):
+    remove(partial)
+
+
+@contextlib.contextmanager
+def locked(partial: Path, folder: Path) -> Iterator[None]:
+  """Holds the lock of a folder, which ends with the process."""
+  handle = os.open(partial, os.O_RDONLY)
+  try:
+    try:
+      fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+      raise ValueError(f"another process is writing '{folder}' at this moment") from error
+    yield
+  finally:
+    os.close(handle)
+
+
+def is_of(partial: Path, plan: Mapping[str, Any]) -> bool:
+  """Whether the folder was begun with this plan."""
+  try:
+    return json.loads((partial / PLAN).read_text()) == json.loads(json.dumps(plan))
+  except (OSError, ValueError):
+    return False
+
+
+def write_groups(
+  folder: Path, network: str, leaves: Leaves, group_bytes: int, progress: Progress
+) -> None:
+  """Writes the groups that are not there."""
+  folder.mkdir(exist_ok=True)
+  groups = groups_of(leaves, group_bytes)
+  names = {f"{number:03d}" for number in range(len(groups))}
+  for entry in folder.iterdir():
+    if entry.name not in names:  # begun and not finished
+      remove(entry)
+  for number, names_of_group in enumerate(groups):
+    path = folder / f"{number:03d}"
+    if not path.is_dir():
+      arrays = {name: finite(network, name, leaves[name]) for name in names_of_group}
+      save_group(path, arrays, compress=False)
+    progress(sum(leaves[name].nbytes for name in names_of_group))
+
+
+def groups_of(leaves: Leaves, group_bytes: int) -> list[list[str]]:
+  """Names of the leaves that are written together."""
+  groups: list[list[str]] = []
+  size = group_bytes
+  for name, stored in leaves.items():
+    if size >= group_bytes:
+      groups.append([])
+      size = 0
+    groups[-1].append(name)
+    size += stored.nbytes
+  return groups
+
+
+def finite(network: str, name: str, stored: Stored) -> np.ndarray:
+  """The array of a leaf; ValueError where it is not finite."""
+  array = stored.read()
+  if array.dtype in FLOATING and not np.isfinite(array).all():
+    raise ValueError(f"'{network}/{name}' is not finite (NaN or inf); nothing was written")
+  return np.asarray(array, order="C")  # unlike ascontiguousarray, it keeps scalars
