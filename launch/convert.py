@@ -16,7 +16,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from absl import app, flags, logging
+from absl import flags, logging
 from tqdm import tqdm
 
 from longlive_jax.build import find_checkpoint
@@ -47,6 +47,7 @@ BLOCKS = flags.DEFINE_enum("blocks", "", ["", ROW_BLOCKS, SQUARE_BLOCKS], "of NV
 ALPHA = flags.DEFINE_float("alpha", 0.0, "of the adapters; 0 = as the file says, or their rank")
 DTYPE = flags.DEFINE_enum("dtype", "", ["", "bfloat16", "float32"], "convert to it")
 FORMAT = flags.DEFINE_enum("format", "safetensors", FORMATS, "of the export")
+RUN = {"default_config": "configs/wan5b_sample.py", "arguments": 1}  # of `run_main`
 ALL = flags.DEFINE_bool("all", False, "inspect: list all tensors, not only what does not fit")
 
 
@@ -103,7 +104,7 @@ def main(argv: list[str]) -> None:
   }
   verbs = [*jobs, "inspect"]
   if len(argv) < 2:
-    raise app.UsageError(f"say what to do: {', '.join(verbs)}")
+    raise ValueError(f"say what to do: {', '.join(verbs)}")
   check_choice("verb", argv[1], verbs)
   if argv[1] == "inspect":
     text = describe(needed(SOURCE), from_flags(CONFIG.value), ENTRY.value, every=ALL.value)
@@ -119,4 +120,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-  run_main(main, default_config="configs/wan5b_sample.py", arguments=1)
+  run_main(main, **RUN)

@@ -6,6 +6,7 @@ converted is refused at once.
 
 import dataclasses
 import json
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -113,7 +114,7 @@ def import_job(
       metadata["lora"] = about
   config = saved_config(experiment)
   if chosen:
-    config["quant"] |= packed_settings(networks["dit"], chosen)
+    config["quant"] |= packed_settings(networks["dit"], experiment.quant.layers, chosen)
   if dtype:
     networks = {name: cast(leaves, dtype) for name, leaves in networks.items()}
   files = dict.fromkeys(file for source in sources.values() for file in source.files)
@@ -186,15 +187,23 @@ def with_adapters(
   return merged(base, adapters, about["alpha"] / about["rank"])
 
 
-def packed_settings(dit: Leaves, rule: str) -> dict[str, Any]:
-  """The settings of the section `quant` that describe packed weights."""
+def packed_settings(dit: Leaves, patterns: tuple[str, ...], rule: str) -> dict[str, Any]:
+  """The settings of the section `quant` that describe packed weights.
+
+  Args:
+    dit: the leaves.
+    patterns: `quant.layers`, kept if they name just the packed layers.
+    rule: scale rule.
+  """
   packed = {name.removesuffix(f"/{PARTS[0]}") for name in dit if name.endswith(f"/{PARTS[0]}")}
   paths = sorted({path_of(name) for name in packed})
   plain = {path_of(name) for name in dit if name.endswith(f"/{KERNEL}")}
   torn = next((path for path in paths if path in plain), None)
   if torn is not None:
     raise ValueError(f"'{torn}' is packed in some layers and not in others; it must be in all")
-  return {"linears": "nvfp4", "weights": rule, "weight_blocks": "1x16", "layers": paths}
+  named = {p for p in (*paths, *plain) if any(re.fullmatch(each, p) for each in patterns)}
+  layers = list(patterns) if named == set(paths) else paths
+  return {"linears": "nvfp4", "weights": rule, "weight_blocks": "1x16", "layers": layers}
 
 
 def saved_config(experiment: Experiment) -> dict[str, Any]:

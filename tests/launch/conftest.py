@@ -56,7 +56,7 @@ def program(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch)
     try:
       with warnings.catch_warnings(), pytest.raises(SystemExit) as ended:
         warnings.filterwarnings("ignore", r"the load_module\(\) method")  # ml_collections calls it
-        run_main(module.main)
+        run_main(module.main, **getattr(module, "RUN", {}))
     finally:
       signal.signal(signal.SIGTERM, terminate)
       sys.unraisablehook = hook
