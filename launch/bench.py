@@ -13,11 +13,12 @@ from collections.abc import Iterator
 
 from absl import flags
 
-from longlive_jax.build import cast_params, choose_ops, unrolls
+from longlive_jax.build import choose_ops, unrolls
 from longlive_jax.config.load import load_config, run_main
 from longlive_jax.eval import bench_block, bench_quant
 from longlive_jax.eval.bench import Case, Record, measure
 from longlive_jax.io.atomic import check_writable, replacing
+from longlive_jax.model.dit import cast_params
 
 CONFIGS = {"5b": "configs/wan5b_sample.py", "tiny": "configs/tiny.py"}
 SUITE = flags.DEFINE_enum("suite", "quant", ["block", "quant"], "what to time")

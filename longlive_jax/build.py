@@ -3,7 +3,6 @@
 import dataclasses
 import functools
 from pathlib import Path
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -14,13 +13,14 @@ from longlive_jax.config import Experiment
 from longlive_jax.config.load import load_config, read_saved
 from longlive_jax.config.walk import differences
 from longlive_jax.io.checkpoint import MismatchError, load_params, read_metadata
-from longlive_jax.model.dit import cast_params, declare_dit, separate_layers
+from longlive_jax.model.dit import declare_dit, separate_layers
 from longlive_jax.model.module import Network
+from longlive_jax.model.narrow import narrowed
 from longlive_jax.model.ops import Ops, attend_with, cudnn_attention, dense_attention
 from longlive_jax.model.text import declare_text, frozen_params
 from longlive_jax.model.tokenizer import load_tokenizer
 from longlive_jax.model.vae import declare_vae
-from longlive_jax.parallel.rules import DIT_RULES, EVERYWHERE, TEXT_RULES, shardings_of
+from longlive_jax.parallel.rules import RULES, placed, shardings_of
 from longlive_jax.quant.policy import quantise_params, quantised_ops
 from longlive_jax.sample.sampler import Models, Sampler
 from longlive_jax.types import PyTree
@@ -103,21 +103,16 @@ def find_checkpoint(name: str) -> Path:
 
 
 def fresh_params(
-  experiment: Experiment, networks: dict[str, Network], places: dict[str, PyTree] | None = None
+  experiment: Experiment, networks: dict[str, Network], mesh: Mesh | None = None
 ) -> dict[str, PyTree]:
-  """Freshly drawn parameters of all networks, from `train.seed`; `places` are their shardings."""
+  """Freshly drawn parameters of all networks, from `train.seed`, split over a mesh."""
   seed, text = experiment.train.seed, experiment.model.text
-  params = {n: net.init(seed, places and places[n]) for n, net in networks.items()}
+  places = {n: shardings_of(net.abstract, RULES[n], mesh) for n, net in networks.items() if mesh}
+  params = {name: net.init(seed, places.get(name)) for name, net in networks.items()}
   if text.frozen_seed >= 0:
     frozen = frozen_params(networks["text"], text)
-    params["text"] = jax.device_put(frozen, places["text"]) if places else frozen
+    params["text"] = jax.device_put(frozen, places["text"]) if mesh else frozen
   return params
-
-
-def places_on(mesh: Mesh, networks: dict[str, Network]) -> dict[str, PyTree]:
-  """Where the parameters of the networks live in training: split, but for the VAE."""
-  rules = {"dit": DIT_RULES, "text": TEXT_RULES, "vae": EVERYWHERE}
-  return {name: shardings_of(net.abstract, rules[name], mesh) for name, net in networks.items()}
 
 
 def holds_nvfp4(experiment: Experiment) -> bool:
@@ -145,25 +140,34 @@ def load_networks(
   experiment: Experiment,
   networks: dict[str, Network],
   folder: Path,
-  places: dict[str, PyTree] | None = None,
+  mesh: Mesh | None = None,
+  *,
+  narrow: bool = False,
 ) -> dict[str, PyTree]:
-  """Parameters of these networks from a checkpoint, float32 whatever is stored; NVFP4 stays.
+  """Parameters of these networks from a checkpoint, whatever dtype is stored; NVFP4 stays.
+
+  Args:
+    experiment: checked experiment.
+    networks: name -> network.
+    folder: of the checkpoint.
+    mesh: over which the parameters are split.
+    narrow: as `narrowed` has them, so that nothing wider is ever in memory; otherwise float32.
 
   Raises:
     ValueError: they do not fit the experiment (names the settings that differ), or are not finite.
   """
-
-  def wanted(leaf: Any, place: Any = None) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct(leaf.shape, jnp.float32, sharding=place)
-
   abstract = {
-    name: jax.tree.map(wanted, net.abstract, *([places[name]] if places else []))
+    name: jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, jnp.float32), net.abstract)
     for name, net in networks.items()
   }
+  if narrow:
+    abstract = jax.eval_shape(functools.partial(narrowed, cfg=experiment.model), abstract)
   if "dit" in networks and holds_nvfp4(experiment):
     check_stored_quant(experiment, folder)
     quantise = functools.partial(quantise_params, quant=experiment.quant)
     abstract["dit"] = jax.eval_shape(quantise, abstract["dit"])
+  if mesh:
+    abstract = {name: placed(tree, RULES[name], mesh) for name, tree in abstract.items()}
   try:
     return load_params(folder, abstract)
   except MismatchError as error:
@@ -173,12 +177,16 @@ def load_networks(
     raise ValueError(f"io.checkpoint='{folder}': {'; '.join([str(error), *names])}") from error
 
 
-def build_models(experiment: Experiment, mesh: Mesh | None = None) -> Models:
+def build_models(
+  experiment: Experiment, mesh: Mesh | None = None, *, narrow: bool = False
+) -> Models:
   """Networks with parameters from `io.checkpoint`, or fresh ones when it is empty.
 
   Args:
     experiment: checked experiment.
-    mesh: of a training run, over which the parameters are split.
+    mesh: over which the parameters are split.
+    narrow: matrices in the dtypes that they are used in, for sampling; else all is float32, but for
+      a frozen text encoder on the mesh of a training run.
 
   Raises:
     FileNotFoundError: no such checkpoint or tokenizer.
@@ -187,19 +195,18 @@ def build_models(experiment: Experiment, mesh: Mesh | None = None) -> Models:
   networks = declare_networks(experiment)
   ops = quantised_ops(choose_ops(experiment), experiment.quant, networks["dit"].abstract)
   tokenizer = load_tokenizer(experiment.model.text)
-  places = places_on(mesh, networks) if mesh else None
   if experiment.io.checkpoint:
     folder = find_checkpoint(experiment.io.checkpoint)
-    params = load_networks(experiment, networks, folder, places)
+    params = load_networks(experiment, networks, folder, mesh, narrow=narrow)
   else:
-    params = fresh_params(experiment, networks, places)
-  if places:  # a frozen encoder takes no more room than it is used with
-    narrow = jax.jit(
-      lambda tree: jax.tree.map(lambda a: a.astype(experiment.model.text.dtype), tree),
-      out_shardings=places["text"],
-      donate_argnums=0,
+    params = fresh_params(experiment, networks, mesh)
+    params = narrowed(params, experiment.model) if narrow else params
+  if mesh and not narrow:  # a frozen encoder takes no more room than it is used with
+    text_dtype = experiment.model.text.dtype
+    cast = jax.jit(
+      lambda tree: jax.tree.map(lambda a: a.astype(text_dtype), tree), donate_argnums=0
     )
-    params["text"] = narrow(params["text"])
+    params["text"] = cast(params["text"])
   return Models(
     experiment=experiment,
     dit=networks["dit"],
@@ -214,11 +221,11 @@ def build_models(experiment: Experiment, mesh: Mesh | None = None) -> Models:
 def build_vae(experiment: Experiment, mesh: Mesh) -> tuple[Network, PyTree]:
   """The autoencoder alone, its parameters on every device of a mesh; see `build_models`."""
   networks = {"vae": declare_networks(experiment)["vae"]}
-  places = places_on(mesh, networks)
   if experiment.io.checkpoint:
     folder = find_checkpoint(experiment.io.checkpoint)
-    return networks["vae"], load_networks(experiment, networks, folder, places)["vae"]
-  return networks["vae"], networks["vae"].init(experiment.train.seed, places["vae"])
+    return networks["vae"], load_networks(experiment, networks, folder, mesh)["vae"]
+  places = shardings_of(networks["vae"].abstract, RULES["vae"], mesh)
+  return networks["vae"], networks["vae"].init(experiment.train.seed, places)
 
 
 class Pipeline(Sampler):
@@ -229,19 +236,42 @@ class Pipeline(Sampler):
   """
 
   @classmethod
-  def from_config(cls, experiment: Experiment) -> "Pipeline":
+  def from_config(cls, experiment: Experiment, *, mesh: Mesh | None = None) -> "Pipeline":
     """Builds the networks of a checked experiment and loads `io.checkpoint`.
 
-    The transformer's weights are cast to `model.dtype`, then quantised if `quant.linears` says so.
+    Matrices are loaded in the dtype in which their network multiplies (`model.dtype` for the
+    transformer); those of the transformer are then quantised if `quant.linears` says so.
+
+    Args:
+      experiment: checked experiment.
+      mesh: over which weights are split, from `make_mesh`; default: one device.
+
+    Raises:
+      FileNotFoundError: no such checkpoint, or it lacks a network.
+      ValueError: the weights contradict the experiment.
     """
-    models = build_models(experiment)
-    dit = cast_params(models.params["dit"], experiment.model.dtype)
-    dit, network = quantise_params(dit, experiment.quant), models.dit
+    models = build_models(experiment, mesh, narrow=True)
+    dit, network = quantise_params(models.params["dit"], experiment.quant), models.dit
     if unrolls(experiment):
       dit, network = separate_layers(dit), declare_dit(experiment.model, unrolled=True)
     return cls(dataclasses.replace(models, dit=network, params={**models.params, "dit": dit}))
 
   @classmethod
-  def from_checkpoint(cls, folder: str | Path) -> "Pipeline":
-    """Loads weights together with the configuration that was saved beside them."""
-    return cls.from_config(load_config(find_checkpoint(str(folder)) / "config.json"))
+  def from_checkpoint(
+    cls, folder: str | Path, *, dtype: str = "", mesh: Mesh | None = None
+  ) -> "Pipeline":
+    """Loads weights together with the configuration that was saved beside them.
+
+    Args:
+      folder: a checkpoint, or the name of weights that ship.
+      dtype: `model.dtype` to use instead of the saved one, "bfloat16" or "float32", whatever dtype
+        is stored.
+      mesh: as for `from_config`; any, whatever mesh the weights were saved on.
+
+    Raises:
+      FileNotFoundError: no such checkpoint, or it lacks a network.
+      ValueError: its parts contradict each other.
+    """
+    overrides = {"model.dtype": dtype} if dtype else None
+    experiment = load_config(find_checkpoint(str(folder)) / "config.json", overrides)
+    return cls.from_config(experiment, mesh=mesh)

@@ -16,7 +16,11 @@ from longlive_jax.config.load import load_config, to_json
 from longlive_jax.io.checkpoint import save_params
 from longlive_jax.io.leaves import flat
 from longlive_jax.model.attention import BlockCausal, block_borders
+from longlive_jax.model.dit import cast_params
+from longlive_jax.model.narrow import narrowed
 from longlive_jax.model.rope import video_rope
+from longlive_jax.parallel.mesh import make_mesh
+from longlive_jax.quant.policy import quantise_params
 from longlive_jax.types import PyTree
 from tests.launch.tiny import OVERRIDES
 
@@ -76,7 +80,7 @@ def test_fresh_weights_follow_the_seed(root, experiment):
 def test_casting_ahead_changes_no_bit(root, params):
   """What is multiplied in bfloat16 is cast before or at its product; the rest must stay."""
   network = build.declare_networks(tiny(root, model__dtype="bfloat16"))["dit"]
-  cast = build.cast_params(params["dit"], "bfloat16")
+  cast = cast_params(params["dit"], "bfloat16")
   rng = np.random.default_rng(1)
   latents = jnp.asarray(rng.standard_normal((1, 4, 2, 2, 4)), jnp.float32)
   prompts = jnp.asarray(rng.standard_normal((1, 5, 16)), jnp.float32)
@@ -96,7 +100,7 @@ def test_casting_ahead_changes_no_bit(root, params):
 
 
 def test_norms_biases_and_times_stay_float32(params):
-  dtypes = {n: leaf.dtype for n, leaf in flat(build.cast_params(params["dit"], "bfloat16")).items()}
+  dtypes = {n: leaf.dtype for n, leaf in flat(cast_params(params["dit"], "bfloat16")).items()}
   kept = [n for n, dtype in dtypes.items() if dtype == np.float32]
   assert {"layers/self_attn/norm_q/scale", "layers/modulation", "layers/ffn/up/bias"} <= set(kept)
   assert "time_embed/up/kernel" in kept and "time_proj/kernel" in kept
@@ -176,3 +180,53 @@ def test_the_compile_cache_is_where_the_setting_says(root, tmp_path, monkeypatch
   build.enable_compile_cache(tiny(root, io__compile_cache=str(tmp_path / "cache")))
   assert asked["jax_compilation_cache_dir"] == str(tmp_path / "cache")
   assert (tmp_path / "cache").is_dir()
+
+
+def test_narrow_text_and_video_networks_give_the_same_bits(root, params):
+  """Their matrices are converted to the dtype of the activations wherever they are used."""
+  settings = {"model__text__dtype": "bfloat16", "model__vae__dtype": "bfloat16"}
+  experiment = tiny(root, **settings)
+  networks, narrow = build.declare_networks(experiment), narrowed(params, experiment.model)
+  assert narrow["text"]["embedding"].dtype == narrow["vae"]["encoder"]["conv_in"]["kernel"].dtype
+  assert narrow["text"]["embedding"].dtype == jnp.bfloat16
+  ids, mask = jnp.arange(12)[None] % 5, jnp.ones((1, 12), jnp.int32)
+  video = jnp.asarray(np.random.default_rng(2).uniform(-1, 1, (1, 5, 32, 32, 3)), jnp.float32)
+
+  @jax.jit
+  def run(params: dict[str, PyTree]) -> tuple[jax.Array, jax.Array]:
+    vae = networks["vae"].bind(params["vae"])
+    latents = vae.encode(video)
+    text = networks["text"].bind(params["text"])(ids, mask)
+    return text, latents, vae.decode(latents)
+
+  for wide, half in zip(run(params), run(narrow), strict=True):
+    np.testing.assert_array_equal(np.asarray(wide), np.asarray(half))
+    assert np.std(np.asarray(wide, np.float32)) > 0
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_a_checkpoint_is_restored_onto_any_mesh_and_dtype(root, tmp_path, params, packed):
+  settings = {"model__width": 48, "model__ffn_width": 64}
+  settings |= {"quant__linears": "nvfp4"} if packed else {}
+  experiment = tiny(root, **settings)
+  fresh = build.fresh_params(experiment, build.declare_networks(experiment))
+  stored = {**fresh, "dit": quantise_params(fresh["dit"], experiment.quant)}
+  folder = tmp_path / "a"
+  about = {"dtype": "nvfp4" if packed else "float32"}
+  save_params(folder, stored, json.loads(to_json(experiment)), about)
+  alone = build.Pipeline.from_checkpoint(folder).models.params
+  mesh = make_mesh(1, fsdp=1, seq=4, devices=jax.devices()[:4])
+  spread = build.Pipeline.from_checkpoint(folder, mesh=mesh).models.params
+  for name, a in flat(alone).items():
+    b = flat(spread)[name]
+    assert b.dtype == a.dtype and len(b.sharding.device_set) == 4, name
+    np.testing.assert_array_equal(np.asarray(a), np.asarray(b), err_msg=name)
+  kernel = spread["dit"]["layers"]["ffn"]["up"]["kernel"]
+  held = kernel.codes if packed else kernel
+  assert held.addressable_shards[0].data.nbytes * 4 == held.nbytes
+  if not packed:
+    half = build.Pipeline.from_checkpoint(folder, dtype="bfloat16", mesh=mesh).models.params
+    kernel = half["dit"]["layers"]["ffn"]["up"]["kernel"]
+    expected = alone["dit"]["layers"]["ffn"]["up"]["kernel"].astype(jnp.bfloat16)
+    assert kernel.dtype == jnp.bfloat16
+    np.testing.assert_array_equal(np.asarray(kernel), np.asarray(expected))

@@ -23,7 +23,7 @@ PERMUTATIONS: dict[str, tuple[int, ...]] = {
   "conv2d": (2, 3, 1, 0),  # [out, in, h, w] -> [h, w, in, out]
   "conv3d": (2, 3, 4, 1, 0),  # [out, in, t, h, w] -> [t, h, w, in, out]
 }
-TILE = 256  # rows and columns that are transposed at once: they stay in the cache
+TILE = (32, 512)  # words and rows that are transposed at once
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,13 +65,25 @@ def foreign_shape(row: Row, ours: tuple[int, ...]) -> tuple[int, ...]:
 
 
 def transposed(matrix: np.ndarray) -> np.ndarray:
-  """A row-major transpose of a matrix, tile by tile: several times as fast as numpy's own."""
+  """A row-major transpose of a row-major matrix, several times as fast as numpy's own.
+
+  It goes by tiles that stay in the cache, and moves 8 bytes at a time: a tile of such words is
+  transposed, then taken apart.
+  """
   rows, columns = matrix.shape
-  made = np.empty((columns, rows), matrix.dtype)
-  for i in range(0, rows, TILE):
-    for j in range(0, columns, TILE):
-      made[j : j + TILE, i : i + TILE] = matrix[i : i + TILE, j : j + TILE].T
-  return made
+  plain = matrix.view(f"u{matrix.itemsize}")  # numpy moves its own dtypes faster
+  lanes = 8 // matrix.itemsize
+  if columns % lanes or not matrix.flags.c_contiguous:
+    return np.ascontiguousarray(plain.T).view(matrix.dtype)
+  words = plain.view(np.uint64)
+  made = np.empty((columns // lanes, lanes, rows), plain.dtype)
+  for j in range(0, columns // lanes, TILE[0]):
+    for i in range(0, rows, TILE[1]):
+      tile = np.ascontiguousarray(words[i : i + TILE[1], j : j + TILE[0]].T)
+      parts = tile.view(plain.dtype).reshape(*tile.shape, lanes)
+      for lane in range(lanes):
+        made[j : j + TILE[0], lane, i : i + TILE[1]] = parts[..., lane]
+  return made.reshape(columns, rows).view(matrix.dtype)
 
 
 def to_ours(row: Row, tensor: np.ndarray) -> np.ndarray:

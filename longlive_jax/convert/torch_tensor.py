@@ -159,5 +159,8 @@ def read_view(data: mmap.mmap, start: int, view: View) -> np.ndarray:
     expected *= size
     steps.insert(0, 0 if size == 1 else step * itemsize)
   place = start + view.offset * itemsize
+  if row_major:  # all of it is wanted: reading it ahead is faster than page by page
+    page = place - place % mmap.PAGESIZE
+    data.madvise(mmap.MADV_WILLNEED, page, place + math.prod(view.shape) * itemsize - page)
   array = np.ndarray(view.shape, view.dtype, data, place, None if row_major else steps)
   return array if row_major and array.flags.aligned else array.copy(order="C")

@@ -10,6 +10,7 @@ import fcntl
 import functools
 import hashlib
 import json
+import mmap
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -18,13 +19,21 @@ from typing import Any
 
 import numpy as np
 
-from longlive_jax.convert.leaves import FLOATING, Leaves
+from longlive_jax.convert.leaves import Leaves
 from longlive_jax.convert.stored import Stored
 from longlive_jax.io.atomic import check_kind, remove
-from longlive_jax.io.checkpoint import CONFIG, METADATA, check_replaceable, save_group, write_json
+from longlive_jax.io.checkpoint import (
+  CONFIG,
+  METADATA,
+  check_replaceable,
+  is_finite,
+  save_group,
+  write_json,
+)
 
 PLAN = "plan.json"
 GROUP_BYTES = 2**28
+HASH_PIECE = 2**22
 Progress = Callable[[int], object]
 
 
@@ -89,9 +98,17 @@ def stamp(file: Path) -> list[object]:
 
 
 def sha256(file: Path) -> str:
-  """The hash of a file's content."""
-  with file.open("rb") as opened:
-    return hashlib.file_digest(opened, "sha256").hexdigest()
+  """The hash of a file's content; mapped, because a copy would cost as much as a third of it."""
+  digest = hashlib.sha256()
+  if file.stat().st_size:
+    with (
+      file.open("rb") as opened,
+      mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ) as data,
+      memoryview(data) as view,
+    ):
+      for start in range(0, len(view), HASH_PIECE):
+        digest.update(view[start : start + HASH_PIECE])
+  return digest.hexdigest()
 
 
 @contextlib.contextmanager
@@ -158,12 +175,30 @@ def write_groups(
   for entry in folder.iterdir():
     if entry.name not in names:  # begun and not finished
       remove(entry)
-  for number, names_of_group in enumerate(groups):
-    path = folder / f"{number:03d}"
-    if not path.is_dir():
-      arrays = {name: finite(network, name, leaves[name]) for name in names_of_group}
-      save_group(path, arrays, compress=False)
-    progress(sum(leaves[name].nbytes for name in names_of_group))
+  missing = {folder / f"{n:03d}": group for n, group in enumerate(groups)}
+  for path in [path for path in missing if path.is_dir()]:
+    progress(sum(leaves[name].nbytes for name in missing.pop(path)))
+
+  def arrays(group: Sequence[str]) -> dict[str, np.ndarray]:
+    return {name: finite(network, name, leaves[name]) for name in group}
+
+  for path, made in ahead(arrays, missing):
+    save_group(path, made, compress=False)
+    progress(sum(array.nbytes for array in made.values()))
+
+
+def ahead[K, V, R](make: Callable[[V], R], items: Mapping[K, V]) -> Iterator[tuple[K, R]]:
+  """Yields (key, made value) in order; the next value is made in a thread meanwhile.
+
+  In one thread: leaves that are made together keep what was made until all of them are read.
+  """
+  keys = list(items)
+  with ThreadPoolExecutor(1) as pool:
+    coming = [pool.submit(make, items[key]) for key in keys[:1]]
+    for number, key in enumerate(keys):
+      value = coming.pop().result()
+      coming += [pool.submit(make, items[k]) for k in keys[number + 1 : number + 2]]
+      yield key, value
 
 
 def groups_of(leaves: Leaves, group_bytes: int) -> list[list[str]]:
@@ -181,7 +216,7 @@ def groups_of(leaves: Leaves, group_bytes: int) -> list[list[str]]:
 
 def finite(network: str, name: str, stored: Stored) -> np.ndarray:
   """The array of a leaf; ValueError where it is not finite."""
-  array = stored.read()
-  if array.dtype in FLOATING and not np.isfinite(array).all():
+  array = np.asarray(stored.read(), order="C")  # unlike ascontiguousarray, it keeps scalars
+  if not is_finite(array):
     raise ValueError(f"'{network}/{name}' is not finite (NaN or inf); nothing was written")
-  return np.asarray(array, order="C")  # unlike ascontiguousarray, it keeps scalars
+  return array

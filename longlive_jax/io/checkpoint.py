@@ -38,6 +38,7 @@ __all__ = [
 
 CONFIG, METADATA = "config.json", "metadata.json"
 GROUP_BYTES = 2**30
+FINITE_PIECE = 2**18  # numbers that are looked at together: they stay in the cache
 
 
 class MismatchError(ValueError):
@@ -83,12 +84,12 @@ def save_group(path: Path, leaves: Mapping[str, ArrayLike], *, compress: bool = 
   Args:
     path: does not exist.
     leaves: name on disk -> array.
-    compress: with zstd, which takes a fifth off bfloat16 weights and writes them four times as
-      slowly.
+    compress: with zstd, into few files (OCDBT), which takes a fifth off bfloat16 weights; without,
+      every leaf is a file of its own and the writing several times as fast.
   """
   context = ocp.Context()
   context.array.saving.use_compression = compress
-  context.array.saving.use_zarr3 = compress
+  context.array.saving.use_ocdbt = compress
   with context:
     ocp.save(path.absolute(), nested(leaves))
 
@@ -240,8 +241,16 @@ def reading(path: Path) -> Iterator[None]:
 
 
 def is_finite(value: np.ndarray) -> bool:
-  """Whether an array holds no NaN or infinity."""
-  return not jnp.issubdtype(value.dtype, jnp.floating) or bool(np.isfinite(value).all())
+  """Whether an array holds no NaN or infinity: no number has all bits of its exponent set."""
+  if not jnp.issubdtype(value.dtype, jnp.floating):
+    return True
+  if value.dtype.itemsize == 1 or not value.flags.c_contiguous:
+    return bool(np.isfinite(value).all())
+  unsigned = f"u{value.itemsize}"
+  full = np.asarray(np.inf, value.dtype).view(unsigned)
+  bits = value.reshape(-1).view(unsigned)
+  pieces = (bits[i : i + FINITE_PIECE] for i in range(0, bits.size, FINITE_PIECE))
+  return not any((piece & full).max() == full for piece in pieces)
 
 
 def check_leaves(

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import Mesh, NamedSharding, Sharding, SingleDeviceSharding
 from jax.sharding import PartitionSpec as P
 
 from longlive_jax.io.leaves import path_name
@@ -20,7 +20,7 @@ Rule = tuple[str, P]
 
 # The first that matches the end of a path. Stacked layers have a leading axis.
 DIT_RULES: tuple[Rule, ...] = (
-  (r"layers/.*/kernel", P(None, SHARDS, None)),
+  (r"layers/.*/kernel(/codes|/scales)?", P(None, SHARDS, None)),  # quantised: by output channels
   (r"layers/.*", P()),
   (r"(patch|text|time)_\w+(/\w+)?/kernel|head/proj/kernel", P(SHARDS, None)),
   (r".*", P()),
@@ -32,6 +32,8 @@ TEXT_RULES: tuple[Rule, ...] = (
 )
 
 EVERYWHERE: tuple[Rule, ...] = ((r".*", P()),)
+
+RULES = {"dit": DIT_RULES, "text": TEXT_RULES, "vae": EVERYWHERE}  # by network
 
 
 def fit(spec: P, shape: Sequence[int], mesh: Mesh) -> P:
@@ -77,3 +79,24 @@ def shardings_of(tree: PyTree, rules: Sequence[Rule], mesh: Mesh) -> PyTree:
   return jax.tree.map(
     lambda spec: NamedSharding(mesh, spec), specs, is_leaf=lambda x: isinstance(x, P)
   )
+
+
+def placed(tree: PyTree, rules: Sequence[Rule], mesh: Mesh) -> PyTree:
+  """Shapes with the shardings that the rules give them."""
+  return jax.tree.map(
+    lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),
+    tree,
+    shardings_of(tree, rules, mesh),
+  )
+
+
+def home_of(params: PyTree) -> Sharding:
+  """Where everything but the weights lives: whole, on all devices that hold weights."""
+  leaf = jax.tree.leaves(params)[0]
+  found = getattr(leaf, "sharding", None) or SingleDeviceSharding(jax.devices()[0])
+  return NamedSharding(found.mesh, P()) if isinstance(found, NamedSharding) else found
+
+
+def at(home: Sharding, tree: PyTree) -> PyTree:
+  """Shapes with a placement."""
+  return jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=home), tree)

@@ -10,6 +10,7 @@ import numpy as np
 from longlive_jax.checks import check_divides, check_remainder
 from longlive_jax.model.module import Network
 from longlive_jax.model.vae import SPACE, TIME, from_uint8, to_uint8
+from longlive_jax.parallel.rules import at, home_of
 from longlive_jax.types import Array, ArrayLike, PyTree
 
 
@@ -24,15 +25,16 @@ class Decoder:
 
   def __init__(self, network: Network, params: PyTree, block_shape: tuple[int, ...]):
     self.network, self.params, self.block_shape = network, params, block_shape
-    latents = jax.ShapeDtypeStruct(block_shape, jnp.float32)
+    home = home_of(params)
+    latents = jax.ShapeDtypeStruct(block_shape, jnp.float32, sharding=home)
 
     def decode(params: PyTree, latents: Array, state: Any) -> tuple[Array, Any]:
       video, state = network.bind(params).decode_next(latents, state)
       return to_uint8(video), state
 
-    step = jax.jit(decode, donate_argnums=2)
+    step = jax.jit(decode, donate_argnums=2, out_shardings=home)
     self._first = step.lower(params, latents, None).compile()
-    state = jax.eval_shape(decode, params, latents, None)[1]
+    state = at(home, jax.eval_shape(decode, params, latents, None)[1])
     self._later = step.lower(params, latents, state).compile()
     self._encode: Any = None
 

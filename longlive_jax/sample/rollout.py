@@ -22,6 +22,7 @@ from longlive_jax.config import Experiment
 from longlive_jax.kernels.matmul_choice import use_kernels
 from longlive_jax.model.dit import TextKV, is_unrolled
 from longlive_jax.model.kv_cache import Cache, SlotState, admit, empty_cache, keep_sink
+from longlive_jax.parallel.rules import at, home_of
 from longlive_jax.quant.kv import empty_quantised_cache
 from longlive_jax.sample.block import Caches, Denoiser, Texts
 from longlive_jax.sample.latents import block_shape
@@ -55,11 +56,6 @@ def _shapes(tree: PyTree) -> PyTree:
   return jax.tree.map(shape, tree)
 
 
-def _placed(shape: jax.ShapeDtypeStruct, sharding: Any) -> jax.ShapeDtypeStruct:
-  """The shape with a placement."""
-  return jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=sharding)
-
-
 class Engine:
   """Executables for one batch size.
 
@@ -81,34 +77,35 @@ class Engine:
     self._compile(_shapes(params))
 
   def _compile(self, params: PyTree) -> None:
-    caches = jax.eval_shape(self._empty)
-    latents = jax.ShapeDtypeStruct(self.block_shape, jnp.float32)
-    mask = jax.ShapeDtypeStruct(self.block_shape[:2], jnp.bool_)
-    text = self.experiment.model.text
-    prompts = jax.ShapeDtypeStruct((self.batch, text.length, text.width), jnp.float32)
+    home = home_of(params)
+    caches = at(home, jax.eval_shape(self._empty))
+    latents = jax.ShapeDtypeStruct(self.block_shape, jnp.float32, sharding=home)
+    mask = jax.ShapeDtypeStruct(self.block_shape[:2], jnp.bool_, sharding=home)
+    text, jit = self.experiment.model.text, functools.partial(jax.jit, out_shardings=home)
+    prompts = jax.ShapeDtypeStruct(
+      (self.batch, text.length, text.width), jnp.float32, sharding=home
+    )
 
     def text_kv(params: PyTree, prompts: Array) -> TextKV:
       return self.denoiser.network.bind(params).text_kv(prompts, self.denoiser.ops)
 
-    self.text_kv = jax.jit(text_kv).lower(params, prompts).compile()
-    texts = (jax.eval_shape(text_kv, params, prompts),) * self.branches
-    denoise = jax.jit(self.denoiser.denoise, donate_argnums=(3,))
-    commit = jax.jit(self.denoiser.commit, donate_argnums=(3,))
+    self.text_kv = jit(text_kv).lower(params, prompts).compile()
+    texts = (at(home, jax.eval_shape(text_kv, params, prompts)),) * self.branches
+    denoise = jit(self.denoiser.denoise, donate_argnums=(3,))
+    commit = jit(self.denoiser.commit, donate_argnums=(3,))
     self.denoise, self.commit = {}, {}
     for level in range(1, self.schedule.window.slots + 1):
       filled = SlotState(tuple(range(level)), (0.0,) * level)
       tables = self.schedule.tables((SampleState(filled),) * self.batch, [0] * self.batch)
-      shapes = _shapes(tables)
+      shapes = at(home, tables)
       args = (params, latents, texts, caches, shapes, latents, mask)
       self.denoise[level] = denoise.lower(*args).compile()
       self.commit[level] = commit.lower(params, latents, texts, caches, shapes).compile()
-    placed = self.commit[1].output_shardings
-    self.empty = jax.jit(self._empty, out_shardings=placed).lower().compile()
-    caches = jax.tree.map(_placed, caches, placed)
-    self.latents = _placed(latents, self.denoise[1].output_shardings[0])
-    rows = jax.ShapeDtypeStruct((self.batch,), jnp.bool_)
-    self.copy = jax.jit(functools.partial(jax.tree.map, jnp.copy)).lower(caches).compile()
-    self.select = jax.jit(_select, donate_argnums=(1,)).lower(rows, caches, caches).compile()
+    self.empty = jit(self._empty).lower().compile()
+    self.latents = latents
+    rows = jax.ShapeDtypeStruct((self.batch,), jnp.bool_, sharding=home)
+    self.copy = jit(functools.partial(jax.tree.map, jnp.copy)).lower(caches).compile()
+    self.select = jit(_select, donate_argnums=(1,)).lower(rows, caches, caches).compile()
 
   def _empty(self) -> Caches:
     model = self.experiment.model

@@ -27,6 +27,7 @@ from longlive_jax.model import solvers
 from longlive_jax.model.module import Network
 from longlive_jax.model.ops import REFERENCE, Ops
 from longlive_jax.model.tokenizer import Tokenizer
+from longlive_jax.parallel.rules import home_of
 from longlive_jax.sample.block import Denoiser
 from longlive_jax.sample.decoder import Decoder, encode_frames
 from longlive_jax.sample.latents import block_noise, block_shape, split_blocks, watched
@@ -112,7 +113,8 @@ class Sampler:
     def encode(params: PyTree, ids: Array, mask: Array) -> Array:
       return self.models.text.bind(params)(ids, mask).astype(jnp.float32)
 
-    return jax.jit(encode).lower(self.models.params["text"], ids, ids).compile()
+    params = self.models.params["text"]
+    return jax.jit(encode, out_shardings=home_of(params)).lower(params, ids, ids).compile()
 
   def embed(self, prompt: str) -> np.ndarray:
     """Embedding `[L, E_text]` float32 of a prompt; the last few are remembered.

@@ -7,11 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from longlive_jax.build import cast_params
 from longlive_jax.config import Experiment
 from longlive_jax.config.load import load_config
 from longlive_jax.eval import bench_block
 from longlive_jax.eval.bench import Case, chain, measure
+from longlive_jax.model.dit import cast_params
 from longlive_jax.model.ops import REFERENCE
 from tests.launch.tiny import OVERRIDES, TINY
 

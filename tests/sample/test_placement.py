@@ -8,6 +8,8 @@ import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec, Sharding, SingleDeviceSharding
 
 from longlive_jax.data.prompts import Script, Shot
+from longlive_jax.parallel.mesh import make_mesh
+from longlive_jax.parallel.rules import RULES, shardings_of
 from longlive_jax.sample.sampler import Models, Sampler
 from tests.sample.compiles import counting
 from tests.sample.tiny import experiment, models
@@ -63,3 +65,20 @@ def test_the_cache_and_the_latents_are_where_the_weights_are(placed: tuple[Sampl
   sampler, sharding = placed
   assert sampler.prepare().engine.start().caches[0].k.devices() == sharding.device_set
   assert next(sampler.latent_blocks([SCRIPT])).devices() == sharding.device_set
+
+
+def test_weights_that_are_split_over_a_mesh_give_the_same_video(
+  parts: Models, expected: tuple[np.ndarray, np.ndarray]
+):
+  """Every device works on all of the video and holds a part of the weights."""
+  mesh = make_mesh(1, fsdp=1, seq=2, devices=jax.devices()[:2])
+  split = {n: jax.device_put(p, shardings_of(p, RULES[n], mesh)) for n, p in parts.params.items()}
+  kernel = split["dit"]["layers"]["ffn"]["up"]["kernel"]
+  assert kernel.addressable_shards[0].data.nbytes * 2 == kernel.nbytes
+  there = Sampler(dataclasses.replace(parts, params=split))
+  there.prepare()
+  with counting() as counts:
+    latents, frames = run(there)
+  assert not counts
+  np.testing.assert_allclose(latents, expected[0], atol=1e-4)
+  assert np.abs(frames.astype(int) - expected[1]).max() <= 1
