@@ -12,6 +12,7 @@ def get_config(variant: str = "") -> Experiment:
   check_choice("variant of configs/wan5b_sample.py", variant, ("", "base"))
   config = Experiment(name="wan5b")
   config.model.vae.dtype = "bfloat16"
+  config.model.text.dtype = "bfloat16"  # as the original
   if variant == "base":
     config.sample.steps = 50
     config.sample.guidance = 3.0

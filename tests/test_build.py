@@ -196,7 +196,7 @@ def test_narrow_text_and_video_networks_give_the_same_bits(root, params):
   def run(params: dict[str, PyTree]) -> tuple[jax.Array, jax.Array]:
     vae = networks["vae"].bind(params["vae"])
     latents = vae.encode(video)
-    text = networks["text"].bind(params["text"])(ids, mask)
+    text = networks["text"].bind(params["text"])(ids, mask, dtype="bfloat16")
     return text, latents, vae.decode(latents)
 
   for wide, half in zip(run(params), run(narrow), strict=True):

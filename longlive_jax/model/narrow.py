@@ -9,6 +9,8 @@ from longlive_jax.io.leaves import path_name
 from longlive_jax.model.dit import cast_params
 from longlive_jax.types import PyTree
 
+SUMMED = "resample/spatial/kernel"  # of the VAE: convolutions after upsampling are folded
+
 
 def narrowed(params: dict[str, PyTree], cfg: Model) -> dict[str, PyTree]:
   """Parameters of the networks "dit", "vae", "text", or of some of them, with narrow matrices.
@@ -24,9 +26,11 @@ def narrowed(params: dict[str, PyTree], cfg: Model) -> dict[str, PyTree]:
 
 
 def cast_matrices(params: PyTree, dtype: str) -> PyTree:
-  """Kernels and embeddings in `dtype`."""
+  """Kernels and embeddings in `dtype`, but for kernels that are summed before they are used."""
 
   def cast(path: tuple[Any, ...], leaf: Any) -> Any:
-    return leaf.astype(dtype) if path_name(path).endswith(("kernel", "embedding")) else leaf
+    name = path_name(path)
+    narrow = name.endswith(("kernel", "embedding")) and not name.endswith(SUMMED)
+    return leaf.astype(dtype) if narrow else leaf
 
   return jax.tree_util.tree_map_with_path(cast, params)

@@ -108,10 +108,11 @@ class Sampler:
   @functools.cached_property
   def _encode_text(self) -> Any:
     """The compiled text encoder, one prompt at a time."""
-    ids = jax.ShapeDtypeStruct((1, self.experiment.model.text.length), jnp.int32)
+    text = self.experiment.model.text
+    ids = jax.ShapeDtypeStruct((1, text.length), jnp.int32)
 
     def encode(params: PyTree, ids: Array, mask: Array) -> Array:
-      return self.models.text.bind(params)(ids, mask).astype(jnp.float32)
+      return self.models.text.bind(params)(ids, mask, dtype=text.dtype).astype(jnp.float32)
 
     params = self.models.params["text"]
     return jax.jit(encode, out_shardings=home_of(params)).lower(params, ids, ids).compile()
