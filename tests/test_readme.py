@@ -82,6 +82,12 @@ def flags_of(module: str) -> set[str]:
   return names
 
 
+def has_default_config(module: str) -> bool:
+  """Whether a program has a configuration that it takes when none is given."""
+  spec = importlib.util.find_spec(module)
+  return bool(spec and spec.origin) and "default_config" in Path(spec.origin).read_text()
+
+
 def check_command(words: list[str]) -> None:
   """Fails unless a command could run: module, flags, settings and files that it reads exist."""
   if words[0] == "make":
@@ -92,7 +98,8 @@ def check_command(words: list[str]) -> None:
   module, arguments = words[2], words[3:]
   known = flags_of(module)
   given = {argument[2:].partition("=")[0] for argument in arguments}
-  assert "config" not in known or "config" in given, f"{module} needs --config"
+  needs = "config" in known and not has_default_config(module)
+  assert not needs or "config" in given, f"{module} needs --config"
   for argument in arguments:
     if not argument.startswith("--"):
       continue
