@@ -1,9 +1,9 @@
-"""Converts a synthetic transformer of full size, and measures time and memory.
+"""Converts a synthetic network of full size, and measures time and memory.
 
-  python -m tests.convert.full_size --folder=/path/with/60GB
+  python -m tests.convert.full_size --folder=/path/with/60GB --network=dit
 
-Makes `model_bf16.pt` (10 GB) of numbers that are drawn once, copies it to know the speed of the
-disk, imports it, quantises the result, and removes everything again. Memory is the largest
+Makes a `.pt` file (10 GB) of numbers that are drawn once, copies it to know the speed of the disk,
+imports it, quantises the result if it is the transformer, and removes everything again. Memory is the largest
 anonymous memory of the process: pages of a mapped file can be dropped at any time and do not count.
 """
 
@@ -20,14 +20,14 @@ import ml_dtypes
 import numpy as np
 from absl import app, flags
 
-from longlive_jax.config import Model
-from longlive_jax.convert.keys_dit import dit_rows
+from longlive_jax.config import Experiment
+from longlive_jax.convert.networks import form_of
 from longlive_jax.convert.stored import Stored
-from longlive_jax.convert.torch_import import foreign_shape, our_shape
+from longlive_jax.convert.torch_import import foreign_shape
 from longlive_jax.convert.torch_write import write_torch
-from longlive_jax.model.dit import declare_dit
 
 FOLDER = flags.DEFINE_string("folder", "/tmp", "where 60 GB are free")
+NETWORK = flags.DEFINE_enum("network", "dit", ["dit", "text", "vae"], "which one")
 KEEP = flags.DEFINE_bool("keep", False, "leave the files")
 REPEATS = flags.DEFINE_integer("repeats", 3, "copies and imports; medians are told")
 POOL = np.random.default_rng(0).standard_normal(2**22, np.float32).astype(ml_dtypes.bfloat16)
@@ -35,18 +35,17 @@ POOL = np.random.default_rng(0).standard_normal(2**22, np.float32).astype(ml_dty
 
 def make(path: Path) -> int:
   """Writes the file; returns its bytes."""
-  model = Model()
-  abstract = declare_dit(model).abstract
+  form = form_of(Experiment(), NETWORK.value)
   bf16 = np.dtype(ml_dtypes.bfloat16)
   tensors = {}
-  for number, row in enumerate(dit_rows(model)):
-    shape = foreign_shape(row, our_shape(row, abstract))
+  for number, row in enumerate(form.rows):
+    shape = foreign_shape(row, form.shape(row))
 
     def read(shape: tuple[int, ...] = shape, shift: int = number) -> np.ndarray:
       scale = ml_dtypes.bfloat16(1 / math.sqrt(shape[-1]))
       return np.resize(np.roll(POOL, shift) * scale, shape)
 
-    tensors[f"model.{row.key}"] = Stored(shape, bf16, read)
+    tensors[row.key] = Stored(shape, bf16, read)
   write_torch(path, {"generator": tensors})
   return path.stat().st_size
 
@@ -97,7 +96,7 @@ def main(argv: list[str]) -> None:
   folder = Path(FOLDER.value) / "full_size"
   shutil.rmtree(folder, ignore_errors=True)
   folder.mkdir(parents=True)
-  source, copy, imported = folder / "model_bf16.pt", folder / "copy", folder / "weights"
+  source, copy, imported = folder / "source.pt", folder / "copy", folder / "weights"
   size = make(source) / 1e9
   copies, imports = [], []
   for _ in range(REPEATS.value):
@@ -106,10 +105,9 @@ def main(argv: list[str]) -> None:
     copy.unlink()
     drop_caches(source)
     shutil.rmtree(imported, ignore_errors=True)
-    imports.append(run("import", f"--dit={source}", f"--out={imported}"))
+    imports.append(run("import", f"--{NETWORK.value}={source}", f"--out={imported}"))
   seconds = [float(np.median(values)) for values in (copies, [taken for taken, _ in imports])]
-  quantised = run("quantize", f"--source={imported}", f"--out={folder / 'packed'}")
-  result = {
+  result: dict[str, object] = {
     "file_GB": round(size, 3),
     "copy_GB_s": round(size / seconds[0], 3),
     "import_GB_s": round(size / seconds[1], 3),
@@ -118,10 +116,12 @@ def main(argv: list[str]) -> None:
     "import_seconds": [taken for taken, _ in imports],
     "import_anonymous_GB": max(memory for _, memory in imports),
     "checkpoint_GB": size_of(imported),
-    "quantise_seconds": quantised[0],
-    "quantise_anonymous_GB": quantised[1],
-    "packed_GB": size_of(folder / "packed"),
   }
+  if NETWORK.value == "dit":
+    packed = folder / "packed"
+    taken, memory = run("quantize", f"--source={imported}", f"--out={packed}")
+    result |= {"quantise_seconds": taken, "quantise_anonymous_GB": memory}
+    result["packed_GB"] = size_of(packed)
   print(json.dumps(result, indent=2))
   if not KEEP.value:
     shutil.rmtree(folder)
