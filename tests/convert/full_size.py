@@ -3,8 +3,8 @@
   python -m tests.convert.full_size --folder=/path/with/60GB --network=dit
 
 Makes a `.pt` file (10 GB) of numbers that are drawn once, copies it to know the speed of the disk,
-imports it, quantises the result if it is the transformer, and removes everything again. Memory is the largest
-anonymous memory of the process: pages of a mapped file can be dropped at any time and do not count.
+imports it, quantises the result if it is the transformer, and removes everything again. Memory is
+the largest anonymous memory of the process: pages of a mapped file can be dropped at any time.
 """
 
 import json
