@@ -12,6 +12,8 @@ import hashlib
 import json
 import mmap
 import os
+import shutil
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -34,6 +36,7 @@ from longlive_jax.io.checkpoint import (
 PLAN = "plan.json"
 GROUP_BYTES = 2**28
 HASH_PIECE = 2**22
+REMOVING_SECONDS = 10
 Progress = Callable[[int], object]
 
 
@@ -137,10 +140,17 @@ def unfinished(folder: Path, plan: Mapping[str, Any]) -> Iterator[Path]:
 
 
 def forget(partial: Path, kind: type[BaseException] | None, *details: object) -> None:
-  """Removes an unfinished folder after an error; an interruption is none."""
+  """Removes an unfinished folder after an error; an interruption is none.
+
+  Threads that still write make new files meanwhile; they end soon.
+  """
   del details
-  if kind is not None and issubclass(kind, Exception):
-    remove(partial)
+  deadline = time.monotonic() + REMOVING_SECONDS
+  while kind is not None and issubclass(kind, Exception) and partial.exists():
+    shutil.rmtree(partial, ignore_errors=True)
+    if time.monotonic() > deadline:
+      return
+    time.sleep(0.05)
 
 
 @contextlib.contextmanager

@@ -12,6 +12,7 @@ a layer and saving or loading needs little more memory than the weights themselv
 import collections
 import contextlib
 import json
+import threading
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -38,6 +39,7 @@ __all__ = [
 
 CONFIG, METADATA = "config.json", "metadata.json"
 GROUP_BYTES = 2**30
+ONE_AT_A_TIME = threading.Lock()  # Orbax: a load beside a save makes it write before its folder is
 FINITE_PIECE = 2**18  # numbers that are looked at together: they stay in the cache
 
 
@@ -90,7 +92,7 @@ def save_group(path: Path, leaves: Mapping[str, ArrayLike], *, compress: bool = 
   context = ocp.Context()
   context.array.saving.use_compression = compress
   context.array.saving.use_ocdbt = compress
-  with context:
+  with ONE_AT_A_TIME, context:
     ocp.save(path.absolute(), nested(leaves))
 
 
@@ -235,7 +237,8 @@ def stored_arrays(path: Path) -> dict[str, tuple[tuple[int, ...], Any]]:
 def reading(path: Path) -> Iterator[None]:
   """What Orbax says about a damaged file becomes one line that names the part."""
   try:
-    yield
+    with ONE_AT_A_TIME:
+      yield
   except UNREADABLE as error:
     raise ValueError(f"part '{path}' of the checkpoint is damaged: it cannot be read") from error
 
