@@ -18,23 +18,21 @@ import numpy as np
 
 from longlive_jax.checks import check_choice
 from longlive_jax.config import Experiment
-from longlive_jax.config.load import load_config
 from longlive_jax.convert import diffusers_config
-from longlive_jax.convert.jobs import checkpoint_networks
+from longlive_jax.convert.checkpoints import Checkpoint
 from longlive_jax.convert.leaves import PARTS, Leaves, cast
 from longlive_jax.convert.networks import CONSTANTS, FOLDERS, Form, form_of
 from longlive_jax.convert.packed import FORMAT, packed_tensors
-from longlive_jax.convert.safetensors_file import write_safetensors
+from longlive_jax.convert.safetensors_file import STEM, write_safetensors
 from longlive_jax.convert.stored import Stored
 from longlive_jax.convert.torch_import import exported
 from longlive_jax.convert.torch_write import write_torch
-from longlive_jax.convert.write import Progress, plan_of, unfinished
-from longlive_jax.io.checkpoint import CONFIG, read_metadata
+from longlive_jax.convert.write import Progress, plan_of, stamp, unfinished
 from longlive_jax.model.vae import WAN_MEAN, WAN_STD
 
 FORMATS = ("safetensors", "torch", "4o6", "diffusers")
 STEMS = {
-  "dit": "diffusion_pytorch_model",
+  "dit": STEM,
   "vae": "Wan2.2_VAE",
   "text": "models_t5_umt5-xxl-enc-bf16",
   "lora": "lora",
@@ -54,30 +52,37 @@ class Export:
 
   writers: Mapping[str, Writer]
   tensors: Mapping[str, Mapping[str, Stored]]
-  source: Path
+  source: Checkpoint
 
   @property
   def nbytes(self) -> int:
     """Bytes of all tensors."""
     return sum(s.nbytes for tensors in self.tensors.values() for s in tensors.values())
 
-  def write(self, folder: str | Path, progress: Progress = lambda size: None) -> None:
+  @property
+  def contents(self) -> str:
+    """The files in a few words."""
+    return ", ".join(self.writers)
+
+  def write(
+    self, folder: str | Path, progress: Progress = lambda size: None, *, overwrite: bool = False
+  ) -> None:
     """Writes the files; finished ones are kept over an interruption.
 
     Args:
       folder: where to; it must not exist or be empty.
       progress: called with the bytes of every file that is there.
+      overwrite: not possible: a folder of files is never replaced.
 
     Raises:
       ValueError: the folder is not empty, or another process writes it.
       OSError: the place cannot be written.
     """
     folder = Path(folder)
-    if folder.is_dir() and any(folder.iterdir()):
-      raise ValueError(f"'{folder}' is not empty; choose another folder")
+    if overwrite or (folder.is_dir() and any(folder.iterdir())):
+      raise ValueError(f"'{folder}' must not exist: exports replace nothing; choose another folder")
     digests = plan_of({n: dict(t) for n, t in self.tensors.items()})
-    plan = {"export": digests, "source": str(self.source.absolute())}
-    plan |= {"stamp": (self.source / CONFIG).stat().st_mtime_ns}
+    plan = {"export": digests, "files": [stamp(file) for file in self.source.files]}
     with unfinished(folder, plan) as partial:
       for name, writer in self.writers.items():
         done = partial / f".{name.replace('/', '.')}.done"
@@ -90,7 +95,7 @@ class Export:
         done.unlink()
 
 
-def make_export(source: Path, form: str, dtype: str = "") -> Export:
+def make_export(source: Checkpoint, form: str, dtype: str = "") -> Export:
   """Prepares an export; reads no weights.
 
   Args:
@@ -102,16 +107,16 @@ def make_export(source: Path, form: str, dtype: str = "") -> Export:
     ValueError: the form cannot hold these weights.
   """
   check_choice("--format", form, FORMATS)
-  networks, metadata = checkpoint_networks(source), read_metadata(source)
-  experiment = load_config(source / CONFIG)
-  packed = metadata.get("dtype") == "nvfp4"
+  networks, metadata, packed = dict(source.networks), source.metadata, source.is_packed
+  experiment = source.experiment
   if packed and form != "4o6":
-    raise ValueError(f"'{source}' holds NVFP4 weights, which only --format=4o6 can hold")
+    raise ValueError(f"'{source.folder}' holds NVFP4 weights, which only --format=4o6 can hold")
   if form == "4o6" and (not packed or "dit" not in networks):
-    raise ValueError(f"'{source}' holds no NVFP4 transformer; make one with `quantize`")
-  if dtype or packed:
-    wanted = dtype or "bfloat16"
-    networks = {name: cast(leaves, wanted, vectors=True) for name, leaves in networks.items()}
+    raise ValueError(f"'{source.folder}' holds no NVFP4 transformer; make one with `quantize`")
+  if dtype:
+    networks = {name: cast(leaves, dtype, vectors=True) for name, leaves in networks.items()}
+  elif packed:  # the original's form of it
+    networks["dit"] = cast(networks["dit"], "bfloat16", vectors=True)
   dialect = "diffusers" if form == "diffusers" else "original"
   tensors = {
     name: foreign_tensors(experiment, name, leaves, dialect) for name, leaves in networks.items()
@@ -233,6 +238,7 @@ def quantisation_notes(tensors: Mapping[str, Stored], experiment: Experiment) ->
     "scale_rule": quant.weights,
     "activation_scale_rule": quant.activations,
     "weight_scale_rule": quant.weights,
+    "weight_blocks": quant.weight_blocks,  # only we read it: square blocks are rows, too
     "gradient_scale_rule": quant.gradients,
     "te_inference_only": False,
     "te_low_precision_weights": False,
@@ -243,7 +249,7 @@ def quantisation_notes(tensors: Mapping[str, Stored], experiment: Experiment) ->
 
 
 def diffusers_export(
-  source: Path,
+  source: Checkpoint,
   experiment: Experiment,
   networks: Mapping[str, Leaves],
   tensors: Mapping[str, Mapping[str, Stored]],

@@ -7,20 +7,16 @@ from pathlib import Path
 
 from longlive_jax.checks import suggest
 from longlive_jax.config import Experiment
-from longlive_jax.convert.jobs import checkpoint_networks
-from longlive_jax.convert.keys_lora import HALVES
-from longlive_jax.convert.networks import (
-  NETWORKS,
-  Form,
-  best_form,
-  layer_of,
-  without_twins,
-)
-from longlive_jax.convert.sources import Source, open_source
+from longlive_jax.convert.checkpoints import open_checkpoint
+from longlive_jax.convert.networks import FOLDERS, Form, layer_of, likely_form, without_twins
+from longlive_jax.convert.safetensors_file import INDEX
+from longlive_jax.convert.sources import Source, open_source, safetensors_files
 from longlive_jax.convert.stored import Stored
 from longlive_jax.convert.torch_import import foreign_shape
-from longlive_jax.io.checkpoint import CONFIG, METADATA, read_metadata
+from longlive_jax.io.checkpoint import CONFIG, METADATA
 
+SUFFIXES = (".safetensors", ".pt", ".pth")
+MOST_PROBLEMS = 20  # listed without --all
 COLUMNS = ("tensor", "dtype", "shape", "MB", "")
 
 
@@ -51,18 +47,36 @@ def describe(path: Path, experiment: Experiment, entry: str = "", *, every: bool
   """
   if (path / CONFIG).is_file() and (path / METADATA).is_file():
     return describe_checkpoint(path, every)
-  return describe_source(open_source(path, entry), experiment, every)
+  parts = files_of(path)
+  if not parts:
+    raise FileNotFoundError(f"the folder '{path}' holds no weights")
+  return "\n".join(describe_source(open_source(p, entry), experiment, every) for p in parts)
+
+
+def files_of(path: Path) -> list[Path]:
+  """The files of weights in a folder, or in those of a Diffusers pipeline; a file is itself."""
+  if not path.is_dir():
+    return [path]
+  inside = [path / name for name in FOLDERS.values() if (path / name).is_dir()]
+  if inside:
+    return inside
+  indices = sorted(path.glob(f"*{INDEX}"))
+  shards = {file for index in indices for file in safetensors_files(index)}
+  others = {file for suffix in SUFFIXES for file in path.glob(f"*{suffix}")} - shards
+  return [*indices, *sorted(others)]
 
 
 def describe_checkpoint(folder: Path, every: bool) -> str:
   """The networks of a checkpoint."""
-  metadata = read_metadata(folder)
+  found = open_checkpoint(folder)
+  metadata = found.metadata
   text = [f"checkpoint '{folder}'"]
   text += [f"  {name}: {value}" for name, value in metadata.items() if name != "sources"]
   sources = metadata.get("sources")
   for source in sources if isinstance(sources, list) else []:
-    text.append(f"  made of {source['name']}, {source['bytes']} bytes, sha256 {source['sha256']}")
-  for name, leaves in checkpoint_networks(folder).items():
+    values = source if isinstance(source, dict) else {}
+    text.append("  made of " + ", ".join(f"{k} {v}" for k, v in values.items()))
+  for name, leaves in found.networks.items():
     text.append(summary(name, leaves))
     if every:
       lines = [Line(n, str(s.dtype), s.shape, s.nbytes) for n, s in leaves.items()]
@@ -108,22 +122,20 @@ def describe_source(source: Source, experiment: Experiment, every: bool) -> str:
     f"as {form.network} with {form.dialect} names: {len(fitting)} of {len(form.rows)}"
     f" fit, {len(wrong)} problems"
   )
-  return "\n".join(text + table(lines if every else wrong))
+  shown = lines if every else wrong[:MOST_PROBLEMS]
+  left = 0 if every else len(wrong) - len(shown)
+  more = [f"  ... and {left} more; --all lists everything"] if left else []
+  if len(fitting) == 0 or len(wrong) > len(form.rows) // 2:
+    more.append(
+      f"  most sizes are not those of the configuration '{experiment.name}': see --config"
+    )
+  return "\n".join([*text, *table(shown), *more])
 
 
 def short(value: object) -> str:
   """A value of the notes, not too long."""
   text = " ".join(str(value).split())
-  return text if len(text) <= 160 else f"{text[:157]}..."
-
-
-def likely_form(experiment: Experiment, tensors: Mapping[str, Stored]) -> Form | None:
-  """The network whose names these are most; None where none has any of them."""
-  is_lora = any(f".{half}." in name for name in tensors for half in HALVES.values())
-  names = [name for name in NETWORKS if (name == "lora") == is_lora]
-  forms = [best_form(experiment, name, tensors) for name in names]
-  best = max(forms, key=lambda form: form.hits(tensors))
-  return best if best.hits(tensors) else None
+  return text if len(text) <= 400 else f"{text[:397]}..."
 
 
 def compared(form: Form, tensors: Mapping[str, Stored]) -> list[Line]:

@@ -78,6 +78,11 @@ def cast(leaves: Mapping[str, Stored], dtype: str, *, vectors: bool = False) -> 
   return {name: one(stored) for name, stored in leaves.items()}
 
 
+def is_packed(leaves: Mapping[str, Stored]) -> bool:
+  """Whether there are kernels in NVFP4."""
+  return any(name.endswith(f"/{PARTS[0]}") for name in leaves)
+
+
 def path_of(name: str) -> str:
   """Path of a linear layer without the number of the layer: what `quant.layers` speaks of."""
   return re.sub(r"^layers/\d+/", "layers/", name).removesuffix(f"/{KERNEL}")

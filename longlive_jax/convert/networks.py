@@ -6,18 +6,21 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from absl import logging
+
 from longlive_jax.config import Experiment
 from longlive_jax.config.load import from_json, to_json
 from longlive_jax.convert.dialects import DIALECTS
 from longlive_jax.convert.diffusers_config import (
   DIT_FIXED,
+  TEXT_FIXED,
   VAE_FIXED,
   model_from_json,
   text_from_json,
   vae_from_json,
 )
 from longlive_jax.convert.keys_dit import dit_rows
-from longlive_jax.convert.keys_lora import lora_rows, lora_shapes, rank_of
+from longlive_jax.convert.keys_lora import HALVES, lora_rows, lora_shapes, rank_of
 from longlive_jax.convert.keys_text import TWINS, text_rows
 from longlive_jax.convert.keys_vae import vae_rows
 from longlive_jax.convert.leaves import PARTS, Leaves
@@ -36,7 +39,11 @@ NETWORKS = ("dit", "vae", "text", "lora")
 CONSTANTS = ("latent_mean", "latent_std")  # of the VAE: in no state dict
 DECODER = ("decoder/", "from_latent/")
 FOLDERS = {"dit": "transformer", "vae": "vae", "text": "text_encoder"}  # of a Diffusers pipeline
-CLASSES = (DIT_FIXED["_class_name"], VAE_FIXED["_class_name"])
+KINDS = {
+  "dit": DIT_FIXED["_class_name"],
+  "vae": VAE_FIXED["_class_name"],
+  "text": TEXT_FIXED["model_type"],
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -136,8 +143,25 @@ def network_leaves(
       packed, rows, tensors = take_packed(rows, tensors, form.shape, chosen)
     leaves = imported(rows, tensors, form.abstract)
   except ValueError as error:
+    other = likely_network(experiment, tensors)
+    if other not in (network, ""):
+      raise ValueError(f"'{source.path}' is no {network}; it looks like a {other}") from error
     raise ValueError(f"'{source.path}' as {network}: {error}") from error
   return in_order(packed | leaves, form.abstract), chosen
+
+
+def likely_network(experiment: Experiment, tensors: Mapping[str, Stored]) -> str:
+  """The network whose names these are most; "" where none has any of them."""
+  form = likely_form(experiment, tensors)
+  return form.network if form else ""
+
+
+def likely_form(experiment: Experiment, tensors: Mapping[str, Stored]) -> Form | None:
+  """The form that knows the most of the names; None where none knows any."""
+  is_lora = any(f".{half}." in name for name in tensors for half in HALVES.values())
+  names = [name for name in NETWORKS if (name == "lora") == is_lora]
+  best = max((best_form(experiment, n, tensors) for n in names), key=lambda f: f.hits(tensors))
+  return best if best.hits(tensors) else None
 
 
 def in_order(leaves: Mapping[str, Stored], abstract: PyTree) -> Leaves:
@@ -164,18 +188,23 @@ def pipeline_sources(folder: Path) -> dict[str, Path]:
   return found
 
 
-def config_beside(source: Source) -> dict[str, Any]:
-  """The configuration of Diffusers or transformers beside the weights; {} where there is none.
+def file_beside(network: str, source: Source) -> Path | None:
+  """The configuration of Diffusers or transformers beside a network, if there is one.
 
   It is config.json in their folder, or a file of the name of the weights with the suffix .json.
   """
   own = source.path.with_suffix(".json")
   file = own if own.is_file() else folder_of(source.path) / "config.json"
   if not file.is_file():
-    return {}
+    return None
   found = read_json(file.parent, file.name)
-  known = found.get("_class_name") in CLASSES or found.get("model_type") == "umt5"
-  return found if known else {}
+  return file if KINDS[network] in (found.get("_class_name"), found.get("model_type")) else None
+
+
+def config_beside(network: str, source: Source) -> dict[str, Any]:
+  """What `file_beside` says; {} where there is none."""
+  file = file_beside(network, source)
+  return read_json(file.parent, file.name) if file else {}
 
 
 def folder_of(path: Path) -> Path:
@@ -190,10 +219,13 @@ def sized(experiment: Experiment, sources: Mapping[str, Source]) -> Experiment:
     ValueError: our networks cannot be like that.
   """
   made = from_json(to_json(experiment))
-  if "dit" in sources and (data := config_beside(sources["dit"])):
+  for name in KINDS.keys() & sources.keys():
+    if file := file_beside(name, sources[name]):
+      logging.info("sizes of %s: '%s'", name, file)
+  if "dit" in sources and (data := config_beside("dit", sources["dit"])):
     made.model = model_from_json(data, made.model)
-  if "vae" in sources and (data := config_beside(sources["vae"])):
+  if "vae" in sources and (data := config_beside("vae", sources["vae"])):
     made.model.vae = vae_from_json(data, made.model.vae)
-  if "text" in sources and (data := config_beside(sources["text"])):
+  if "text" in sources and (data := config_beside("text", sources["text"])):
     made.model.text = text_from_json(data, made.model.text)
   return made

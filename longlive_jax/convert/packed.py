@@ -15,12 +15,12 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 
-from longlive_jax.checks import suggest
+from longlive_jax.checks import check_choice, suggest
 from longlive_jax.convert.leaves import PARTS, Leaves, packed_leaves
 from longlive_jax.convert.stored import Stored
 from longlive_jax.convert.torch_import import Row
 from longlive_jax.quant.formats import BLOCK, TILE_COLUMNS, TILE_ROWS
-from longlive_jax.quant.qtensor import QTensor, from_tiles, to_tiles
+from longlive_jax.quant.qtensor import ROW_BLOCKS, SQUARE_BLOCKS, QTensor, from_tiles, to_tiles
 from longlive_jax.quant.rules import find_rule
 
 VALUES, SCALES, AMAX, SIZES = (
@@ -58,6 +58,14 @@ def rule_of(notes: Mapping[str, Any], asked: str) -> str:
     )
   find_rule(rule)
   return rule
+
+
+def blocks_of(notes: Mapping[str, Any]) -> str:
+  """The blocks of packed weights: rows of 16, unless a file of ours says that they are square."""
+  said = notes.get("quantization")
+  found = said.get("weight_blocks", ROW_BLOCKS) if isinstance(said, Mapping) else ROW_BLOCKS
+  check_choice("quantization.weight_blocks of the file", str(found), [ROW_BLOCKS, SQUARE_BLOCKS])
+  return str(found)
 
 
 def padded(rows: int, columns: int) -> tuple[int, int]:

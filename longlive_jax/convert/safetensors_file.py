@@ -4,6 +4,7 @@ A large model is several files and an index that says which tensor is in which. 
 headers and bounds, and maps the files.
 """
 
+import errno
 import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -17,6 +18,7 @@ from longlive_jax.convert.stored import Stored
 from longlive_jax.io.atomic import replacing
 
 INDEX = ".safetensors.index.json"
+STEM = "diffusion_pytorch_model"  # of the files of a transformer
 SHARD_BYTES = 2 * 10**9
 INDEX_BYTES = 2**26  # larger ones are not read
 DTYPES = {
@@ -55,16 +57,19 @@ def read_safetensors(path: str | Path) -> dict[str, Stored]:
 def find_file(path: Path) -> Path:
   """The index or the one file of a folder; a file is itself."""
   if not path.is_dir():
-    if not path.is_file():
+    if not path.exists():
       raise FileNotFoundError(f"'{path}' does not exist")
+    if not path.is_file():
+      raise ValueError(f"'{path}' is no regular file")
     return path
   for pattern in (f"*{INDEX}", "*.safetensors"):
-    found = sorted(path.glob(pattern))
-    if len(found) > 1:
+    found = sorted(file for file in path.glob(pattern) if file.is_file())
+    usual = [file for file in found if file.name.startswith(STEM)]
+    if len(found) > 1 and len(usual) != 1:
       names = ", ".join(file.name for file in found[:3])
-      raise ValueError(f"'{path}' holds {len(found)} candidates ({names}, ...); name one of them")
+      raise ValueError(f"'{path}' holds {len(found)} candidates, such as {names}; name one of them")
     if found:
-      return found[0]
+      return (usual or found)[0]
   raise FileNotFoundError(f"the folder '{path}' holds no .safetensors file")
 
 
@@ -92,17 +97,8 @@ def read_one(path: Path) -> dict[str, Stored]:
 
 def read_index(path: Path) -> dict[str, Stored]:
   """The tensors of all files of an index."""
-  if path.stat().st_size > INDEX_BYTES:
-    raise ValueError(f"'{path}' is larger than {INDEX_BYTES} bytes: not an index")
-  try:
-    places = json.loads(path.read_text())["weight_map"]
-    files = sorted(set(places.values()))
-  except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-    raise ValueError(f"'{path}' is damaged: it has no weight_map of names and files") from error
-  tensors: dict[str, Stored] = {}
-  for file in files:
-    if not isinstance(file, str) or Path(file).name != file:
-      raise ValueError(f"'{path}' names {file!r}, which is no file beside it")
+  places, tensors = places_of(path), {}
+  for file in files_of_index(path):
     if not (path.parent / file).is_file():
       raise FileNotFoundError(f"'{path.parent / file}' does not exist, but '{path.name}' names it")
     inside = read_one(path.parent / file)
@@ -114,6 +110,25 @@ def read_index(path: Path) -> dict[str, Stored]:
   if missing is not None:
     raise ValueError(f"'{path}' says that '{missing}' is in {places[missing]}, where it is not")
   return {name: tensors[name] for name in places}
+
+
+def places_of(path: Path) -> dict[str, str]:
+  """Name of a tensor -> name of its file, by an index."""
+  if path.stat().st_size > INDEX_BYTES:
+    raise ValueError(f"'{path}' is larger than {INDEX_BYTES} bytes: not an index")
+  try:
+    return dict(json.loads(path.read_text())["weight_map"])
+  except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+    raise ValueError(f"'{path}' is damaged: it has no weight_map of names and files") from error
+
+
+def files_of_index(path: Path) -> list[str]:
+  """Names of the files of an index; they are beside it."""
+  files = set(map(str, places_of(path).values()))
+  odd = next((file for file in files if Path(file).name != file), None)
+  if odd is not None:
+    raise ValueError(f"'{path}' names {odd!r}, which is no file beside it")
+  return sorted(files)
 
 
 def write_safetensors(
@@ -144,7 +159,13 @@ def write_safetensors(
     name = f"{stem}-{number:05d}-of-{count:05d}.safetensors" if count > 1 else f"{stem}.safetensors"
     arrays = {key: np.asarray(tensors[key].read(), order="C") for key in group}
     with replacing(folder / name) as partial:
-      save_file(arrays, partial, metadata={"format": "pt"})
+      partial.touch()  # the library would keep the file from others than its owner
+      mode = partial.stat().st_mode
+      try:
+        save_file(arrays, partial, metadata={"format": "pt"})
+      except SafetensorError as error:
+        raise OSError(errno.EIO, str(error), str(folder / name)) from error
+      partial.chmod(mode)
     files.append(folder / name)
     places |= dict.fromkeys(group, name)
   if count > 1:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from longlive_jax.checks import suggest
-from longlive_jax.convert.safetensors_file import INDEX, find_file, read_safetensors
+from longlive_jax.convert.safetensors_file import INDEX, files_of_index, find_file, read_safetensors
 from longlive_jax.convert.stored import Stored
 from longlive_jax.convert.torch_zip import read_torch
 
@@ -78,6 +78,8 @@ def open_source(path: str | Path, entry: str = "") -> Source:
   path = Path(path)
   if not path.exists():
     raise FileNotFoundError(f"'{path}' does not exist")
+  if not (path.is_dir() or path.is_file()):
+    raise ValueError(f"'{path}' is neither a regular file nor a folder")
   if path.is_dir() or path.suffix == ".safetensors" or path.name.endswith(INDEX):
     tensors: Any = read_safetensors(path)
     files = safetensors_files(path)
@@ -91,7 +93,7 @@ def safetensors_files(path: Path) -> tuple[Path, ...]:
   path = find_file(path)
   if not path.name.endswith(INDEX):
     return (path,)
-  return (path, *sorted(path.parent.glob(f"{path.name.removesuffix(INDEX)}-*.safetensors")))
+  return (path, *(path.parent / name for name in files_of_index(path)))
 
 
 def unwrapped(path: Path, files: tuple[Path, ...], top: Any, entry: str) -> Source:

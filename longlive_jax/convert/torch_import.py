@@ -12,7 +12,7 @@ import jax
 import numpy as np
 
 from longlive_jax.checks import suggest
-from longlive_jax.convert.leaves import Leaves
+from longlive_jax.convert.leaves import FLOATING, Leaves
 from longlive_jax.convert.stored import Stored
 from longlive_jax.io.leaves import flat, path_name
 from longlive_jax.types import PyTree
@@ -143,6 +143,8 @@ def imported(rows: Sequence[Row], tensors: Mapping[str, Stored], abstract: PyTre
     if row.key not in tensors:
       raise ValueError(f"missing tensor '{row.key}'{suggest(row.key, set(tensors) - set(known))}")
     check_foreign(row, tensors[row.key].shape, foreign_shape(row, our_shape(row, abstract)))
+    if tensors[row.key].dtype not in FLOATING:
+      raise ValueError(f"'{row.key}' has dtype {tensors[row.key].dtype}; it must be floating")
   extra = next((key for key in tensors if key not in set(known)), None)
   if extra is not None:
     raise ValueError(f"unknown tensor '{extra}'{suggest(extra, known)}")

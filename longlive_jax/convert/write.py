@@ -47,17 +47,21 @@ def write_checkpoint(
   metadata: Mapping[str, object],
   files: Sequence[Path],
   *,
+  inputs: Sequence[Path] = (),
+  overwrite: bool = False,
   progress: Progress = lambda size: None,
   group_bytes: int = GROUP_BYTES,
 ) -> None:
   """Writes the leaves of networks; see `io.checkpoint` for the layout.
 
   Args:
-    folder: where to; an older checkpoint there is replaced.
+    folder: where to.
     networks: name of a network -> its leaves.
     config: the resolved configuration, as JSON.
     metadata: what made the weights, as JSON; "sources" with names, bytes and SHA-256 is added.
     files: what the leaves are read from, hashed meanwhile.
+    inputs: what else they are read from: if it changes, an interrupted run starts afresh.
+    overwrite: an older checkpoint there is replaced; otherwise it is an error.
     progress: called with the bytes of every group that is there.
     group_bytes: leaves are written together until they are this large.
 
@@ -67,8 +71,9 @@ def write_checkpoint(
     OSError: the place cannot be written.
   """
   folder = Path(folder)
-  check_replaceable(folder)
-  plan = {"networks": plan_of(networks), "files": [stamp(file) for file in files]}
+  check_free(folder, overwrite)
+  stamps = [stamp(file) for file in (*files, *inputs)]
+  plan = {"networks": plan_of(networks), "files": stamps}
   plan |= {"config": dict(config), "metadata": dict(metadata), "group_bytes": group_bytes}
   with unfinished(folder, plan) as partial, ThreadPoolExecutor(1) as pool:
     hashes = [(file, pool.submit(sha256, file)) for file in files]
@@ -83,6 +88,13 @@ def write_checkpoint(
       pool.shutdown(cancel_futures=True)
     write_json(partial / METADATA, {**metadata, "sources": sources} if files else metadata)
     write_json(partial / CONFIG, config)
+
+
+def check_free(folder: Path, overwrite: bool) -> None:
+  """Raises ValueError if something is there that must not be replaced."""
+  check_replaceable(folder)
+  if not overwrite and folder.is_dir() and any(folder.iterdir()):
+    raise ValueError(f"'{folder}' is a checkpoint already; --overwrite replaces it")
 
 
 def plan_of(networks: Mapping[str, Leaves]) -> dict[str, Any]:

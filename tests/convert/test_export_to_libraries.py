@@ -12,8 +12,9 @@ from safetensors.numpy import load_file
 from longlive_jax.config import Experiment
 from longlive_jax.config.load import from_flags
 from longlive_jax.convert import diffusers_config as files
+from longlive_jax.convert.checkpoints import open_checkpoint
 from longlive_jax.convert.export import make_export
-from longlive_jax.convert.jobs import import_job
+from longlive_jax.convert.importing import import_job
 from longlive_jax.convert.networks import pipeline_sources, sized
 from longlive_jax.convert.sources import open_source
 from tests.convert.test_against_libraries import (
@@ -53,7 +54,7 @@ def test_a_pipeline_folder_there_and_back(tmp_path: Path):
     VAE, dtype=experiment.model.vae.dtype
   )
   import_job(experiment, sources).write(ours)
-  make_export(ours, "diffusers").write(back)
+  make_export(open_checkpoint(ours), "diffusers").write(back)
   assert json.loads((back / "model_index.json").read_text())["_class_name"] == "WanPipeline"
   for name in networks():
     before, after = (
@@ -88,9 +89,9 @@ def test_files_of_torch_are_loaded_by_torch(form: str, tmp_path: Path):
     from longlive_jax.convert.jobs import quantise_job
 
     packed = tmp_path / "packed"
-    quantise_job(ours, {"quant.weights": "mse"}).write(packed)
+    quantise_job(open_checkpoint(ours), {"quant.weights": "mse"}).write(packed)
     ours = packed
-  make_export(ours, form).write(back)
+  make_export(open_checkpoint(ours), form).write(back)
   (file,) = back.iterdir()
   tree = torch.load(file, weights_only=True, mmap=True)
   generator = tree["generator"]

@@ -12,7 +12,7 @@ from safetensors.numpy import save_file
 
 from longlive_jax.config import Experiment
 from longlive_jax.config.load import load_config
-from longlive_jax.convert.jobs import import_job
+from longlive_jax.convert.importing import import_job
 from longlive_jax.convert.keys_lora import lora_rows
 from longlive_jax.convert.leaves import Leaves
 from longlive_jax.convert.networks import form_of, network_leaves
