@@ -149,6 +149,8 @@ def from_json(text: str) -> Experiment:
     tree = json.loads(text)
   except json.JSONDecodeError as error:
     raise ValueError(f"the configuration is not JSON: {error.msg} (line {error.lineno})") from error
+  except RecursionError as error:
+    raise ValueError("the configuration is nested too deep") from error
   experiment = fill(Experiment, tree, "")
   return typing.cast(Experiment, experiment)
 

@@ -120,8 +120,14 @@ def check_seed(name: str, seed: float) -> None:
     raise ValueError(f"{name}={seed} must be at least {least} and below 2**32")
 
 
+MOST_LAYERS, MOST_WIDTH = 1000, 10**6  # larger ones are typing errors, and slow to refuse later
+
+
 def check_model(model: Model) -> None:
   """The transformer's own sizes."""
+  for name, most in (("layers", MOST_LAYERS), ("width", MOST_WIDTH), ("ffn_width", MOST_WIDTH)):
+    if getattr(model, name) > most:
+      raise ValueError(f"model.{name}={getattr(model, name)} must be at most {most}")
   check_divides("model.width", model.width, "model.heads", model.heads)
   if model.head_dim < 6 or model.head_dim % 2:
     works = [n for n in range(1, model.width // 6 + 1) if model.width % (2 * n) == 0]

@@ -82,5 +82,10 @@ def shapes_of(experiment: Experiment, network: str, metadata: Mapping[str, Any])
   shapes = form_of(experiment, network).abstract
   if network != "dit" or metadata.get("dtype") != "nvfp4":
     return shapes
+  if experiment.quant.linears != "nvfp4":
+    raise ValueError(
+      "metadata.json says that weights are in NVFP4, but config.json has quant.linears="
+      f"{experiment.quant.linears}"
+    )
   wide = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, jnp.float32), shapes)
   return jax.eval_shape(functools.partial(quantise_params, quant=experiment.quant), wide)

@@ -51,6 +51,8 @@ def import_job(
   networks, chosen = imported_networks(experiment, sources, rule)
   notes = sources["dit"].notes if "dit" in sources else {}
   metadata: dict[str, Any] = {"format": FORMAT}
+  if entries := {name: source.entry for name, source in sources.items() if source.entry}:
+    metadata["entries"] = entries
   if isinstance(notes.get("step"), int):
     metadata["steps"] = notes["step"]
   if notes.get("merged_lora"):
@@ -73,12 +75,15 @@ def import_job(
     raise ValueError(f"--rule={rule} means nothing: no weights are packed")
   if dtype:
     networks = {name: cast(leaves, dtype) for name, leaves in networks.items()}
-  if entries := {name: source.entry for name, source in sources.items() if source.entry}:
-    metadata["entries"] = entries
-  files = tuple(dict.fromkeys(file for source in sources.values() for file in source.files))
+  metadata |= {"dtype": dtype_of(networks)}
+  return Job(networks, config, metadata, *read_files(sources))
+
+
+def read_files(sources: Mapping[str, Source]) -> tuple[tuple[Path, ...], tuple[Path, ...]]:
+  """The files that weights are read from, and those that say something about them."""
+  files = dict.fromkeys(file for source in sources.values() for file in source.files)
   beside = [file_beside(n, sources[n]) for n in ("dit", "vae", "text") if n in sources]
-  inputs = tuple(file for file in beside if file)
-  return Job(networks, config, metadata | {"dtype": dtype_of(networks)}, files, inputs)
+  return tuple(files), tuple(file for file in beside if file)
 
 
 def imported_networks(

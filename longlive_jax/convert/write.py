@@ -27,13 +27,13 @@ from longlive_jax.io.atomic import check_kind, remove
 from longlive_jax.io.checkpoint import (
   CONFIG,
   METADATA,
+  PLAN,
   check_replaceable,
   is_finite,
   save_group,
   write_json,
 )
 
-PLAN = "plan.json"
 GROUP_BYTES = 2**28
 HASH_PIECE = 2**22
 REMOVING_SECONDS = 10
@@ -133,36 +133,54 @@ def unfinished(folder: Path, plan: Mapping[str, Any]) -> Iterator[Path]:
   It stays for the next run when the process is killed or interrupted, and goes on any error.
   """
   partial = folder.with_name(f".{folder.name}.unfinished")
+  check_ours(partial)
+  above = [path for path in folder.parents if not path.exists()]
   partial.mkdir(parents=True, exist_ok=True)
   with locked(partial, folder):
     if not is_of(partial, plan):
-      for entry in partial.iterdir():
+      for entry in sorted(partial.iterdir(), key=lambda entry: entry.name == PLAN):  # it last
         remove(entry)
       write_json(partial / PLAN, plan)
     with contextlib.ExitStack() as stack:
-      stack.push(functools.partial(forget, partial))
+      stack.push(functools.partial(forget, partial, above))
       yield partial
-    remove(partial / PLAN)
-    check_kind(folder, folder=True)
+      check_kind(folder, folder=True)
+      if plan["files"] != [stamp(Path(file)) for file, *_ in plan["files"]]:
+        raise ValueError("what is converted has changed meanwhile; start again")
     old = folder.with_name(f".{folder.name}.old-{os.getpid()}")
     if folder.is_dir():
       folder.rename(old)
     partial.rename(folder)
+    remove(folder / PLAN)
     remove(old)
 
 
-def forget(partial: Path, kind: type[BaseException] | None, *details: object) -> None:
-  """Removes an unfinished folder after an error; an interruption is none.
+def check_ours(partial: Path) -> None:
+  """Raises ValueError if something else has the name of the hidden folder."""
+  if partial.is_symlink() or (
+    partial.exists()
+    and not (partial.is_dir() and ((partial / PLAN).is_file() or not any(partial.iterdir())))
+  ):
+    raise ValueError(f"'{partial}' is in the way, and not of a conversion; remove it")
+
+
+def forget(
+  partial: Path, above: Sequence[Path], kind: type[BaseException] | None, *details: object
+) -> None:
+  """Removes an unfinished folder, and folders made for it, after an error; not an interruption.
 
   Threads that still write make new files meanwhile; they end soon.
   """
   del details
+  if kind is None or not issubclass(kind, Exception):
+    return
   deadline = time.monotonic() + REMOVING_SECONDS
-  while kind is not None and issubclass(kind, Exception) and partial.exists():
+  while partial.exists() and time.monotonic() < deadline:
     shutil.rmtree(partial, ignore_errors=True)
-    if time.monotonic() > deadline:
-      return
     time.sleep(0.05)
+  for path in above:  # the nearest first
+    with contextlib.suppress(OSError):
+      path.rmdir()
 
 
 @contextlib.contextmanager

@@ -18,6 +18,10 @@ def check_writable(path: str | Path, *, folder: bool = False) -> None:
     folder: what is to be made. A file never replaces a folder, nor a folder a file.
   """
   path = Path(path)
+  try:
+    str(path).encode()
+  except UnicodeEncodeError as error:
+    raise ValueError(f"the name {str(path)!r} is not UTF-8; choose another one") from error
   check_kind(path, folder)
   above = next(folder for folder in path.absolute().parents if folder.exists())
   if not above.is_dir():
@@ -30,7 +34,7 @@ def check_kind(path: Path, folder: bool) -> None:
   """Raises OSError if `path` is a folder where a file is to be, or a file where a folder is."""
   if path.is_dir() and not folder:
     raise IsADirectoryError(errno.EISDIR, "it is a folder; give the name of a file", str(path))
-  if path.is_file() and folder:
+  if path.exists() and not path.is_dir() and folder:
     raise NotADirectoryError(errno.ENOTDIR, "it is a file; give the name of a folder", str(path))
 
 

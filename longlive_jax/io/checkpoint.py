@@ -38,6 +38,7 @@ __all__ = [
 ]
 
 CONFIG, METADATA = "config.json", "metadata.json"
+PLAN = "plan.json"  # of a conversion that was killed in its last moment
 GROUP_BYTES = 2**30
 ONE_AT_A_TIME = threading.Lock()  # Orbax: a load beside a save makes it write before its folder is
 FINITE_PIECE = 2**18  # numbers that are looked at together: they stay in the cache
@@ -110,7 +111,8 @@ def is_checkpoint(folder: Path) -> bool:
   """Whether a folder holds weights and nothing else."""
   found = {entry.name for entry in folder.iterdir()}
   described = {CONFIG, METADATA}
-  return described <= found and all((folder / n / "000").is_dir() for n in found - described)
+  networks = found - described - {PLAN}
+  return described <= found and all((folder / n / "000").is_dir() for n in networks)
 
 
 def read_config(folder: str | Path) -> dict[str, object]:
@@ -134,7 +136,7 @@ def read_json(folder: Path, name: str) -> dict[str, object]:
     raise FileNotFoundError(f"'{folder}' is not a checkpoint: it has no {name}")
   try:
     found = json.loads((folder / name).read_text())
-  except ValueError as error:
+  except (ValueError, RecursionError) as error:
     raise ValueError(f"'{folder / name}' is damaged: it is not JSON ({error})") from error
   if not isinstance(found, dict):
     raise ValueError(f"'{folder / name}' is damaged: it is not a JSON object")
