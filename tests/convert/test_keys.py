@@ -9,6 +9,7 @@ import pytest
 from longlive_jax.config import Model, Text, Vae
 from longlive_jax.convert.dialects import DIALECTS
 from longlive_jax.convert.keys_dit import dit_rows
+from longlive_jax.convert.keys_lora import lora_rows, lora_shapes
 from longlive_jax.convert.keys_text import TWINS, text_rows
 from longlive_jax.convert.keys_vae import vae_rows
 from longlive_jax.convert.torch_import import Row, leaf_at
@@ -129,3 +130,12 @@ def test_the_renamed_keys_of_light_vae_files_are_those_of_diffusers():
 def test_the_tied_copy_of_the_embedding_is_no_key_of_the_table():
   keys = {row.key for row in text_rows(Text(), "diffusers")}
   assert not keys & TWINS.keys() and keys >= set(TWINS.values())
+
+
+@pytest.mark.parametrize("dialect", DIALECTS)
+def test_adapters_of_rank_128_have_the_recorded_numbers(dialect):
+  rows = lora_rows(Model(), dialect)
+  abstract = lora_shapes(Model(), 128)
+  assert len({row.key for row in rows}) == len(rows) == 600
+  assert numbers(rows, abstract) == 322_437_120
+  assert {row.path for row in rows} == set(flat(abstract))
