@@ -343,14 +343,14 @@ def test_a_file_never_replaces_a_folder(program: Program, tmp_path, name, argume
 
 
 def test_weights_never_replace_a_run_or_a_file(program: Program, checkpoint, tmp_path):
-  weights = f"--config.io.checkpoint={checkpoint}"
+  cast = ("cast", f"--source={checkpoint}", "--dtype=float32")
   (tmp_path / "run" / "checkpoints" / "3").mkdir(parents=True)
   (tmp_path / "run" / "config.json").write_text("{}")
   (tmp_path / "plain").write_text("")
   before = contents(tmp_path)
-  done = program("export", *TINY, weights, f"--out={tmp_path / 'run'}")
+  done = program("convert", *cast, f"--out={tmp_path / 'run'}")
   assert_refused(done, "holds something that is not a checkpoint")
-  done = program("export", *TINY, weights, f"--out={tmp_path / 'plain'}")
+  done = program("convert", *cast, f"--out={tmp_path / 'plain'}")
   assert_refused(done, "it is a file; give the name of a folder")
   assert contents(tmp_path) == before
 
