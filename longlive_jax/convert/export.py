@@ -21,7 +21,7 @@ from longlive_jax.config import Experiment
 from longlive_jax.convert import diffusers_config
 from longlive_jax.convert.checkpoints import Checkpoint
 from longlive_jax.convert.leaves import PARTS, Leaves, cast
-from longlive_jax.convert.networks import CONSTANTS, FOLDERS, Form, form_of
+from longlive_jax.convert.networks import CONSTANTS, FOLDERS, Form, form_of, layer_of
 from longlive_jax.convert.packed import FORMAT, packed_tensors
 from longlive_jax.convert.safetensors_file import STEM, write_safetensors
 from longlive_jax.convert.stored import Stored
@@ -170,9 +170,8 @@ def is_part(name: str, leaves: Leaves) -> bool:
 
 def in_rows(form: Form, tensors: Mapping[str, Stored]) -> dict[str, Stored]:
   """Tensors in the order of the table."""
-  order = {row.key.removesuffix(".weight"): n for n, row in enumerate(form.rows)}
-  names = {n: order.get(n.partition(".quantized_")[0].removesuffix(".weight"), 0) for n in tensors}
-  return {name: tensors[name] for name in sorted(tensors, key=lambda name: names[name])}
+  order = {layer_of(row.key): number for number, row in enumerate(form.rows)}
+  return {name: tensors[name] for name in sorted(tensors, key=lambda name: order[layer_of(name)])}
 
 
 def shards(folder: str, stem: str, tensors: Mapping[str, Stored]) -> Writer:
@@ -228,7 +227,7 @@ def torch_tree(
 
 def quantisation_notes(tensors: Mapping[str, Stored], experiment: Experiment) -> dict[str, Any]:
   """How the weights were quantised, in the original's words."""
-  layers = [n.partition(".quantized_")[0] for n in tensors if n.endswith("quantized_weight_values")]
+  layers = [layer_of(n) for n in tensors if n.endswith("quantized_weight_values")]
   quant = experiment.quant
   return {
     "format": "nvfp4",

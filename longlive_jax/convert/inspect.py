@@ -1,8 +1,9 @@
 """What a file or a checkpoint holds, and whether it fits a configuration: for people to read."""
 
 import dataclasses
+import math
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
 from longlive_jax.checks import suggest
@@ -86,19 +87,11 @@ def describe_checkpoint(folder: Path, every: bool) -> str:
 
 def summary(name: str, tensors: Mapping[str, Stored]) -> str:
   """Counts of a network in one line."""
-  count = sum(elements(stored.shape) for stored in tensors.values())
+  count = sum(math.prod(stored.shape) for stored in tensors.values())
   size = sum(stored.nbytes for stored in tensors.values())
   kinds = Counter(str(stored.dtype) for stored in tensors.values())
   listed = ", ".join(f"{number} {kind}" for kind, number in kinds.most_common())
   return f"{name}: {len(tensors)} tensors ({listed}), {count:,} numbers, {size / 1e6:,.1f} MB"
-
-
-def elements(shape: Iterable[int]) -> int:
-  """Numbers of a tensor."""
-  count = 1
-  for size in shape:
-    count *= size
-  return count
 
 
 def describe_source(source: Source, experiment: Experiment, every: bool) -> str:

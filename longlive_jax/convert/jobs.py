@@ -68,16 +68,22 @@ class Job:
     Raises:
       ValueError: they have other sizes than this job's configuration says.
     """
-    here, there = self.config["model"], json.loads(to_json(rest.experiment))["model"]
-    for name in rest.networks.keys() - self.networks.keys():
-      if name in ("vae", "text") and here[name] != there[name]:
-        raise ValueError(f"--rest={rest.folder} has another model.{name} than the configuration")
     networks = {name: leaves for name, leaves in rest.networks.items() if name != "lora"}
-    if rest.is_packed and "dit" not in self.networks:
-      raise ValueError(f"--rest={rest.folder} has a transformer in NVFP4; import it with --dit")
-    return dataclasses.replace(
-      self, networks={**networks, **self.networks}, inputs=(*self.inputs, *rest.files)
-    )
+    networks |= self.networks
+    here, there = self.config["model"], saved_config(rest.experiment)["model"]
+    for name in networks.keys() - self.networks.keys():
+      sizes = (here, there) if name == "dit" else (here[name], there[name])
+      if sizes[0] != sizes[1]:
+        raise ValueError(
+          f"--rest={rest.folder} has a {name} of another configuration: see --config"
+        )
+    metadata = self.metadata
+    if "dit" not in self.networks and "dit" in networks:
+      if rest.is_packed:
+        raise ValueError(f"--rest={rest.folder} has a transformer in NVFP4; import it with --dit")
+      metadata = {**rest.metadata, **metadata, "dtype": dtype_of(networks)}  # what it was made of
+    inputs = (*self.inputs, *rest.files)
+    return dataclasses.replace(self, networks=networks, metadata=metadata, inputs=inputs)
 
 
 def dtype_of(networks: Mapping[str, Leaves]) -> str:

@@ -12,7 +12,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from longlive_jax.checks import suggest
 from longlive_jax.convert.safetensors_file import INDEX, files_of_index, find_file, read_safetensors
 from longlive_jax.convert.stored import Stored
 from longlive_jax.convert.torch_zip import read_torch
@@ -165,10 +164,3 @@ def clean(path: Path, tensors: Mapping[str, Stored]) -> tuple[dict[str, Stored],
       raise ValueError(f"'{path}' has two tensors that mean '{bare}'; one of them is '{name}'")
     cleaned[bare] = stored
   return cleaned, tuple(dropped)
-
-
-def nearest(name: str, tensors: Mapping[str, Stored]) -> str:
-  """`suggest` that stays fast for a thousand names: those of the same last part come first."""
-  tail = name.rsplit(".", 1)[-1]
-  same = [other for other in tensors if other.rsplit(".", 1)[-1] == tail]
-  return suggest(name, same or tensors)

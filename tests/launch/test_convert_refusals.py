@@ -287,3 +287,20 @@ def test_exported_files_have_the_rights_of_new_files(program: Program, tmp_path:
   assert modes == {(tmp_path / "new").stat().st_mode}
   said = program("convert", "inspect", *TINY[:1], f"--source={out}").stdout
   assert len(re.findall(r"as (?:dit|vae|text) with original names", said)) == 3
+
+
+def test_a_transformer_from_elsewhere_keeps_what_it_was_made_of(
+  program: Program, checkpoint: Path, files: Path, tmp_path: Path
+):
+  """Its adapters were forgotten, so they could be merged a second time."""
+  source, out = tmp_path / "source", tmp_path / "out"
+  shutil.copytree(checkpoint, source)
+  (source / "metadata.json").write_text(json.dumps({"adapters": [{"name": "l.pt"}], "steps": 5}))
+  vae = f"--vae={files / 'Wan2.2_VAE.pth'}"
+  arguments = ["import", *TINY, vae, f"--rest={source}", f"--out={out}"]
+  done = program("convert", *arguments)
+  assert done.code == 0, done.stderr
+  made = read_metadata(out)
+  assert made["adapters"] == [{"name": "l.pt"}] and made["steps"] == 5
+  other = [*arguments[:-1], "--config.model.frequency_width=16", f"--out={tmp_path / 'other'}"]
+  refused(program, "has a dit of another configuration", *other)
