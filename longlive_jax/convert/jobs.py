@@ -82,6 +82,7 @@ class Job:
       if rest.is_packed:
         raise ValueError(f"--rest={rest.folder} has a transformer in NVFP4; import it with --dit")
       metadata = {**rest.metadata, **metadata, "dtype": dtype_of(networks)}  # what it was made of
+    metadata = {**metadata, "sources": rest.metadata.get("sources", [])}
     inputs = (*self.inputs, *rest.files)
     return dataclasses.replace(self, networks=networks, metadata=metadata, inputs=inputs)
 

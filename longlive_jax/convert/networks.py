@@ -66,34 +66,51 @@ class Form:
     """Our shape of a row's tensor, one layer of it."""
     return our_shape(row, self.abstract)
 
-  def hits(self, tensors: Iterable[str]) -> int:
-    """How many of the names it knows."""
-    known = {row.key.removesuffix(".weight") for row in self.rows}
-    return sum(layer_of(name) in known for name in tensors)
-
 
 def layer_of(name: str) -> str:
   """Name of a tensor without its last part, if that is a weight in any form."""
   return name.partition(".quantized_weight_")[0].removesuffix(".weight")
 
 
+def rows_of(experiment: Experiment, network: str, dialect: str) -> list[Row]:
+  """The table of a network."""
+  model = experiment.model
+  if network == "dit":
+    return dit_rows(model, dialect)
+  if network == "vae":
+    return vae_rows(model.vae, dialect)
+  return text_rows(model.text, dialect) if network == "text" else lora_rows(model, dialect)
+
+
 def form_of(experiment: Experiment, network: str, dialect: str = "original", rank: int = 0) -> Form:
   """The form of a network by its configuration; adapters have a rank."""
   model = experiment.model
   if network == "dit":
-    return Form(network, dialect, dit_rows(model, dialect), declare_dit(model).abstract)
-  if network == "vae":
-    return Form(network, dialect, vae_rows(model.vae, dialect), declare_vae(model.vae).abstract)
-  if network == "text":
-    return Form(network, dialect, text_rows(model.text, dialect), declare_text(model.text).abstract)
-  return Form(network, dialect, lora_rows(model, dialect), lora_shapes(model, rank))
+    shapes = declare_dit(model).abstract
+  elif network == "vae":
+    shapes = declare_vae(model.vae).abstract
+  else:
+    is_text = network == "text"
+    shapes = declare_text(model.text).abstract if is_text else lora_shapes(model, rank)
+  return Form(network, dialect, rows_of(experiment, network, dialect), shapes)
 
 
-def best_form(experiment: Experiment, network: str, tensors: Mapping[str, Stored]) -> Form:
-  """The form that knows the most of the names."""
-  rank = rank_of(tensors) if network == "lora" else 0
-  forms = [form_of(experiment, network, dialect, rank) for dialect in DIALECTS]
-  return max(forms, key=lambda form: form.hits(tensors))
+def hits(rows: Iterable[Row], tensors: Iterable[str]) -> int:
+  """How many of the names a table knows."""
+  known = {layer_of(row.key) for row in rows}
+  return sum(layer_of(name) in known for name in tensors)
+
+
+def best_form(
+  experiment: Experiment, networks: Iterable[str], tensors: Mapping[str, Stored]
+) -> Form | None:
+  """Of these networks in any dialect, the form that knows the most names; None if none does."""
+  tables = {(n, d): rows_of(experiment, n, d) for n in networks for d in DIALECTS}
+  found = {choice: hits(rows, tensors) for choice, rows in tables.items()}
+  network, dialect = max(found, key=lambda choice: found[choice])
+  if not found[network, dialect]:
+    return None
+  return form_of(experiment, network, dialect, rank_of(tensors) if network == "lora" else 0)
 
 
 def without_twins(tensors: Mapping[str, Stored]) -> dict[str, Stored]:
@@ -131,7 +148,7 @@ def network_leaves(
   """
   tensors = without_twins(source.tensors)
   try:
-    form = best_form(experiment, network, tensors)
+    form = best_form(experiment, [network], tensors) or form_of(experiment, network)
     rows = form.rows
     if side:
       rows = [row for row in rows if row.place.startswith(DECODER) == (side == "decoder")]
@@ -143,25 +160,19 @@ def network_leaves(
       packed, rows, tensors = take_packed(rows, tensors, form.shape, chosen)
     leaves = imported(rows, tensors, form.abstract)
   except ValueError as error:
-    other = likely_network(experiment, tensors)
-    if other not in (network, ""):
+    likely = likely_form(experiment, tensors) if network != "lora" else None
+    if likely and likely.network != network:
+      other = likely.network
       raise ValueError(f"'{source.path}' is no {network}; it looks like a {other}") from error
     raise ValueError(f"'{source.path}' as {network}: {error}") from error
   return in_order(packed | leaves, form.abstract), chosen
 
 
-def likely_network(experiment: Experiment, tensors: Mapping[str, Stored]) -> str:
-  """The network whose names these are most; "" where none has any of them."""
-  form = likely_form(experiment, tensors)
-  return form.network if form else ""
-
-
 def likely_form(experiment: Experiment, tensors: Mapping[str, Stored]) -> Form | None:
-  """The form that knows the most of the names; None where none knows any."""
+  """The form of the network whose names these are most; None where none has any of them."""
   is_lora = any(f".{half}." in name for name in tensors for half in HALVES.values())
   names = [name for name in NETWORKS if (name == "lora") == is_lora]
-  best = max((best_form(experiment, n, tensors) for n in names), key=lambda f: f.hits(tensors))
-  return best if best.hits(tensors) else None
+  return best_form(experiment, names, tensors)
 
 
 def in_order(leaves: Mapping[str, Stored], abstract: PyTree) -> Leaves:

@@ -86,7 +86,9 @@ def write_checkpoint(
       ]
     finally:
       pool.shutdown(cancel_futures=True)
-    write_json(partial / METADATA, {**metadata, "sources": sources} if files else metadata)
+    earlier = metadata.get("sources")
+    sources = [*(earlier if isinstance(earlier, list) else []), *sources]
+    write_json(partial / METADATA, {**metadata, "sources": sources} if sources else metadata)
     write_json(partial / CONFIG, config)
 
 

@@ -295,12 +295,15 @@ def test_a_transformer_from_elsewhere_keeps_what_it_was_made_of(
   """Its adapters were forgotten, so they could be merged a second time."""
   source, out = tmp_path / "source", tmp_path / "out"
   shutil.copytree(checkpoint, source)
-  (source / "metadata.json").write_text(json.dumps({"adapters": [{"name": "l.pt"}], "steps": 5}))
+  (source / "metadata.json").write_text(
+    json.dumps({"adapters": [{"name": "l.pt"}], "steps": 5, "sources": [{"name": "x"}]})
+  )
   vae = f"--vae={files / 'Wan2.2_VAE.pth'}"
   arguments = ["import", *TINY, vae, f"--rest={source}", f"--out={out}"]
   done = program("convert", *arguments)
   assert done.code == 0, done.stderr
   made = read_metadata(out)
   assert made["adapters"] == [{"name": "l.pt"}] and made["steps"] == 5
+  assert [each["name"] for each in made["sources"]] == ["x", "Wan2.2_VAE.pth"]
   other = [*arguments[:-1], "--config.model.frequency_width=16", f"--out={tmp_path / 'other'}"]
   refused(program, "has a dit of another configuration", *other)
