@@ -92,7 +92,7 @@ def train_ar(config: Experiment) -> None:
   """
   config.model.dtype = "bfloat16"
   config.data.clips, config.data.clip_blocks, config.data.max_shots = 4096, 16, 8
-  config.data.far_share = 0.6
+  config.data.far_share, config.data.change_share = 0.6, 0.3
   config.train = Train(
     stage="ar",
     steps=16900,

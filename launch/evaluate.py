@@ -43,6 +43,13 @@ FIRST_SEED = flags.DEFINE_integer(
 )
 SHOTS = flags.DEFINE_integer("shots", 4, "shots a script", lower_bound=1)
 BLOCKS = flags.DEFINE_integer("blocks", 4, "blocks a shot", lower_bound=1)
+CHANGES = flags.DEFINE_float(
+  "changes",
+  0.0,
+  "share of borders between shots at which the prompt changes without a cut",
+  lower_bound=0.0,
+  upper_bound=1.0,
+)
 BATCH = flags.DEFINE_integer("batch", 1, "scripts generated at a time", lower_bound=1)
 SOURCE = flags.DEFINE_enum(
   "source",
@@ -55,24 +62,28 @@ AGAINST = flags.DEFINE_string("against", None, "score file to compare with, scri
 UNQUANTISED = flags.DEFINE_bool(
   "unquantised", False, "compare with the same model with quant.linears=none and quant.cache=none"
 )
-SAME = ("scripts", "first_seed", "shots", "blocks")  # flags that make the scripts
+SAME = ("scripts", "first_seed", "shots", "blocks", "changes")  # flags that make the scripts
 
 
 def draw_clip(experiment: Experiment, seed: int) -> shapes.ClipSpec:
   """The clip whose captions are the script of this seed."""
   lengths = [BLOCKS.value] * SHOTS.value
   frames = shapes.shot_frames(lengths, experiment.model.block_latents)
-  return shapes.sample_clip(np.random.default_rng(seed), frames, experiment.video)
+  rng = np.random.default_rng(seed)
+  return shapes.sample_clip(rng, frames, experiment.video, CHANGES.value)
 
 
 def to_script(clip: shapes.ClipSpec, seed: int) -> Script:
-  """One shot of the script for each shot of the clip, cut apart."""
-  shots = tuple(Shot(prompt=s.caption(), blocks=BLOCKS.value) for s in clip.shots)
-  return Script(shots=shots, seed=seed)
+  """One entry of the script for each shot of the clip: a cut, or `keep` where it follows."""
+  shots = (
+    Shot(shot.caption(), BLOCKS.value, transition="keep" if shot.follows else "cut")
+    for shot in clip.shots
+  )
+  return Script(shots=tuple(shots), seed=seed)
 
 
 def read_against(path: str) -> list[shapes_score.Result]:
-  """The results of another run over the same scripts.
+  """The results of another run over the same scripts; old files are of scripts without changes.
 
   Raises:
     FileNotFoundError: there is no such file.
@@ -82,13 +93,13 @@ def read_against(path: str) -> list[shapes_score.Result]:
     raise FileNotFoundError(f"--against={path}: there is no such file")
   try:
     other = json.loads(Path(path).read_text())
-    theirs, results = {name: other["flags"][name] for name in SAME}, other["results"]
+    made = {"changes": 0.0, **other["flags"]}
+    theirs = {name: made[name] for name in SAME}
+    results = [{"changed": [], **result} for result in other["results"]]
   except (ValueError, KeyError, TypeError) as error:
     raise ValueError(f"--against={path} is not a file that launch.evaluate wrote") from error
-  names = (*shapes_score.PER_SHOT, "cut")
-  if not isinstance(results, list) or not all(
-    isinstance(result, dict) and all(isinstance(result.get(name), list) for name in names)
-    for result in results
+  if not all(
+    isinstance(result.get(name), list) for result in results for name in shapes_score.MEASURES
   ):
     raise ValueError(f"--against={path} is not a file that launch.evaluate wrote")
   for name, value in theirs.items():

@@ -158,6 +158,7 @@ class Data(Section):
   clip_blocks: int = 8  # length of those
   far_share: float = 0.0  # share of samples that see the blocks a late block of a rollout sees
   max_shots: int = 3
+  change_share: float = 0.0  # of shots that follow the one before without a cut; not of stage "vae"
   vae_latents: int = 6  # length of the clips of stage "vae"
   # videos
   fit: str = "crop"  # crop | stretch: how a picture of another shape is made to fit

@@ -25,6 +25,9 @@ SIZES = (0.28, 0.33)  # of the shorter side
 SPEEDS = (0.8 / 96, 1.6 / 96)  # shorter sides a frame
 MARGIN = 0.03  # of the shorter side, free space between an object and its lane's border
 LANES = {0: ("north", "south"), 1: ("west", "east")}  # by the axis on which the lanes lie apart
+PAIRS = (("left", "right"), ("up", "down"))  # directions along one axis
+SAME_LAYOUT = 0.8  # probability that the objects go on from where they are when no cut is made
+SAME_BACKGROUND = 0.5  # probability that the background then stays
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,17 +45,28 @@ class ObjectSpec:
   def horizontal(self) -> bool:
     return DIRECTIONS[self.direction][1] != 0
 
+  def place(self, age: int, video: config_lib.Video) -> tuple[float, float]:
+    """Its centre (y, x) `age` frames on, on the torus, as fractions of height and width."""
+    y, x = self.start
+    down, right = DIRECTIONS[self.direction]
+    way = self.speed * age * min(video.height, video.width)  # pixels
+    return (y + down * way / video.height) % 1.0, (x + right * way / video.width) % 1.0
+
   def words(self, verb: str) -> str:
     return f"{self.colour} {self.shape} {verb} {self.direction}"
 
 
 @dataclasses.dataclass(frozen=True)
 class ShotSpec:
-  """One shot: its objects (upper or left one first), its background and its length."""
+  """What one caption describes: objects (upper or left one first), background and length.
+
+  With `follows` the picture goes on from the shot before without a cut, under another caption.
+  """
 
   objects: tuple[ObjectSpec, ...]
   background: str
   frames: int
+  follows: bool = False
 
   def caption(self) -> str:
     """Returns the text that names everything but speed, size and place."""
@@ -68,7 +82,7 @@ class ShotSpec:
 
 @dataclasses.dataclass(frozen=True)
 class ClipSpec:
-  """Shots that follow each other by hard cuts."""
+  """Shots, cut apart unless one follows the shot before."""
 
   shots: tuple[ShotSpec, ...]
 
@@ -78,7 +92,7 @@ class ClipSpec:
 
   @property
   def first_frames(self) -> tuple[int, ...]:
-    """The first frame of every shot; all but the first are cuts."""
+    """The first frame of every shot."""
     return tuple(sum(shot.frames for shot in self.shots[:i]) for i in range(len(self.shots)))
 
 
@@ -125,7 +139,7 @@ def _sample_shot(
   background = scenes[rng.integers(len(scenes))]
   count = 2 if rng.uniform() < TWO_OBJECTS else 1
   chosen = [colours[i] for i in rng.permutation(len(colours))[:count]]
-  pair = (("left", "right"), ("up", "down"))[rng.integers(2)]
+  pair = PAIRS[rng.integers(2)]
   objects = tuple(
     _sample_object(rng, colour, pair[rng.integers(2)], lane if count == 2 else None, video)
     for lane, colour in enumerate(chosen)
@@ -133,8 +147,51 @@ def _sample_shot(
   return ShotSpec(objects, background, frames)
 
 
+def _same_layout(
+  rng: np.random.Generator, frames: int, previous: ShotSpec, video: config_lib.Video
+) -> ShotSpec:
+  """Draws new looks and directions for the objects of the shot before, which go on from there.
+
+  Two objects keep to the axis they move along, on which their lanes depend.
+  """
+  count, level = len(previous.objects), previous.objects[0].horizontal
+  names = list(COLOURS)
+  directions = tuple(DIRECTIONS) if count == 1 else PAIRS[0 if level else 1]
+  objects = tuple(
+    dataclasses.replace(
+      thing,
+      colour=names[colour],
+      shape=SHAPES[rng.integers(len(SHAPES))],
+      direction=directions[rng.integers(len(directions))],
+      start=thing.place(previous.frames, video),
+    )
+    for thing, colour in zip(previous.objects, rng.permutation(len(names))[:count], strict=True)
+  )
+  background = previous.background
+  if rng.uniform() >= SAME_BACKGROUND:
+    background = BACKGROUNDS[rng.integers(len(BACKGROUNDS))]
+  return ShotSpec(objects, background, frames)
+
+
+def _follow(
+  rng: np.random.Generator, frames: int, previous: ShotSpec, video: config_lib.Video
+) -> ShotSpec:
+  """Draws a shot of another caption that goes on from the shot before."""
+  same_layout = rng.uniform() < SAME_LAYOUT
+  shot = previous
+  while shot.caption() == previous.caption():
+    if same_layout:
+      shot = _same_layout(rng, frames, previous, video)
+    else:
+      shot = _sample_shot(rng, frames, None, video)
+  return dataclasses.replace(shot, follows=True)
+
+
 def sample_clip(
-  rng: np.random.Generator, shot_frames: Sequence[int], video: config_lib.Video
+  rng: np.random.Generator,
+  shot_frames: Sequence[int],
+  video: config_lib.Video,
+  change_share: float = 0.0,
 ) -> ClipSpec:
   """Draws a clip.
 
@@ -142,9 +199,11 @@ def sample_clip(
     rng: source of all randomness; the same state gives the same clip.
     shot_frames: length of every shot in frames, for instance from `shot_frames`.
     video: size of the picture; the height and width must be multiples of 32.
+    change_share: probability that a shot follows the one before instead of being cut to.
 
   Returns:
-    A clip whose consecutive shots differ in background and in all colours.
+    A clip. The shots on the two sides of a cut differ in background and in all colours; those on
+    the two sides of a change without a cut have different captions.
   """
   checks.check_divides("video.height", video.height, "pixels_per_token", 32)
   checks.check_divides("video.width", video.width, "pixels_per_token", 32)
@@ -152,5 +211,9 @@ def sample_clip(
   shots: list[ShotSpec] = []
   for frames in shot_frames:
     checks.check_at_least("shot_frames", frames, 1)
-    shots.append(_sample_shot(rng, int(frames), shots[-1] if shots else None, video))
+    previous = shots[-1] if shots else None
+    if previous and change_share > 0 and rng.uniform() < change_share:
+      shots.append(_follow(rng, int(frames), previous, video))
+    else:
+      shots.append(_sample_shot(rng, int(frames), previous, video))
   return ClipSpec(tuple(shots))

@@ -3,7 +3,7 @@
 Per shot, colour, shape and direction are the share of objects that are right, of the larger of
 expected and found: a missing or an extra object counts as wrong. The score of a shot is the mean
 of the three. Chance for one object is 1/6, 1/3 and 1/4; `chance()` takes the number of objects
-into account.
+into account. Scores of shots that begin without a cut are also given apart, as "changed".
 """
 
 import dataclasses
@@ -36,10 +36,11 @@ __all__ = [
   "score_clip",
 ]
 
-SKIP_FRAMES = 4  # after a cut: one latent
+SKIP_FRAMES = 4  # after a change of the caption: one latent
 CUT_TOLERANCE = 4  # frames: one latent
 SHARES = ("colour", "shape", "direction")  # what the score is the mean of
 PER_SHOT = ("score", *SHARES, "objects", "background")
+MEASURES = (*PER_SHOT, "cut", "changed")
 
 Result = dict[str, list[float]]
 
@@ -54,7 +55,7 @@ class ShotReading:
 
 @dataclasses.dataclass(frozen=True)
 class ClipReading:
-  """What a clip shows: its shots, and where every cut is found (None: nowhere)."""
+  """What a clip shows: its shots, and where a cut is found at each border (None: nowhere)."""
 
   shots: tuple[ShotReading, ...]
   cuts: tuple[int | None, ...]
@@ -66,7 +67,7 @@ def read_clip(frames: np.ndarray, spec: ClipSpec, search: int = 16) -> ClipReadi
   Args:
     frames: [T, H, W, 3] uint8.
     spec: the script.
-    search: frames to either side of a planned cut in which to look for it.
+    search: frames to either side of a border in which to look for a cut.
 
   Returns:
     The measurements.
@@ -119,14 +120,19 @@ def compare_clip(reading: ClipReading, spec: ClipSpec) -> Result:
     spec: a script of as many shots.
 
   Returns:
-    For every name of `PER_SHOT` one value a shot, and "cut" with one value a cut.
+    For every name of `PER_SHOT` one value a shot, "cut" with one value a cut, and "changed" with
+    the score of every shot that follows the one before without a cut.
   """
   shots = [compare_shot(r, s) for r, s in zip(reading.shots, spec.shots, strict=True)]
   result = {name: [shot[name] for shot in shots] for name in PER_SHOT}
+  borders = zip(reading.cuts, spec.first_frames[1:], spec.shots[1:], strict=True)
   result["cut"] = [
     float(cut is not None and abs(cut - first) <= CUT_TOLERANCE)
-    for cut, first in zip(reading.cuts, spec.first_frames[1:], strict=True)
+    for cut, first, shot in borders
+    if not shot.follows
   ]
+  pairs = zip(result["score"], spec.shots, strict=True)
+  result["changed"] = [value for value, shot in pairs if shot.follows]
   return result
 
 
@@ -157,10 +163,11 @@ def score(results: Sequence[Result]) -> dict[str, float]:
 
   Returns:
     The mean and, as `<name>_error`, the standard error over shots of every name of `PER_SHOT`,
-    and over cuts of "cut" (absent without cuts); "shots", their number.
+    over cuts of "cut" and over shots without one of "changed" (absent without any); "shots",
+    their number.
   """
   out: dict[str, float] = {"shots": len(_pooled(results, "score"))}
-  for name in (*PER_SHOT, "cut"):
+  for name in MEASURES:
     out |= _summary(name, _pooled(results, name))
   return out
 
@@ -179,7 +186,7 @@ def paired(first: Sequence[Result], second: Sequence[Result]) -> dict[str, float
     ValueError: the results are not of the same scripts.
   """
   out: dict[str, float] = {"shots": len(_pooled(first, "score"))}
-  for name in (*PER_SHOT, "cut"):
+  for name in MEASURES:
     a, b = _pooled(first, name), _pooled(second, name)
     if a.shape != b.shape:
       raise ValueError(f"cannot pair {a.size} values of {name} with {b.size}: other scripts")

@@ -21,6 +21,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.ad_checkpoint import checkpoint_name
+from jax.experimental.layout import Layout, with_layout_constraint
 from jax.tree_util import register_dataclass
 
 from longlive_jax.kernels.quantise import fake_quantise_rows, quantise_rows
@@ -137,8 +138,14 @@ def packed_input(x: Array, recipe: Recipe) -> QTensor:
 
 
 def weight_operand(w: Array | QTensor, spec: Spec | None) -> Operand:
-  """`[out, in]` for fprop of a weight `[in, out]`, or of one that is quantised as `[out, in]`."""
-  return from_packed(w) if isinstance(w, QTensor) else operand(w, spec, flip=True)
+  """`[out, in]` for fprop of a weight `[in, out]`, or of one that is quantised as `[out, in]`.
+
+  A weight keeps its layout: else the compiler would transpose a whole stack of layers beforehand.
+  """
+  if isinstance(w, QTensor):
+    return from_packed(w)
+  w = with_layout_constraint(w, Layout(major_to_minor=tuple(range(w.ndim))))
+  return operand(w, spec, flip=True)
 
 
 @functools.partial(register_dataclass, data_fields=["x", "packed"], meta_fields=[])
@@ -173,7 +180,6 @@ def prepare(recipe: Recipe, x: Array) -> Array | Prepared:
   return Prepared(x, named(packed_input(fixed, recipe)))
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def quantised_product(
   recipe: Recipe,
   x: Array,
@@ -196,16 +202,37 @@ def quantised_product(
 
   Numerics: one amax for all of x: what else is in a batch moves results by the quantisation error.
   """
+  return _affine(recipe, jnp.float32, x, w, None, key, packed)
+
+
+Dtype = jax.typing.DTypeLike
+Saved = tuple[Array | QTensor | None, Array | QTensor, Array | None, Array | None, jax.Array]
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _affine(
+  recipe: Recipe,
+  dtype: Dtype,
+  x: Array,
+  w: Array | QTensor,
+  bias: Array | None,
+  key: Array | None,
+  packed: QTensor | None,
+) -> Array:
+  """`x @ w + bias` in `dtype`, to which the float32 sum is rounded; see `quantised_product`."""
   del key
   left = input_operand(x, recipe) if packed is None else from_packed(packed)
-  return product(left, weight_operand(w, recipe.w))
-
-
-Saved = tuple[Array | QTensor | None, Array | QTensor, Array | None, jax.Array]
+  return product(left, weight_operand(w, recipe.w), bias, dtype)
 
 
 def _fprop(
-  recipe: Recipe, x: Array, w: Array | QTensor, key: Array | None, packed: QTensor | None
+  recipe: Recipe,
+  dtype: Dtype,
+  x: Array,
+  w: Array | QTensor,
+  bias: Array | None,
+  key: Array | None,
+  packed: QTensor | None,
 ) -> tuple[Array, Saved]:
   if packed is None:
     ready = prepare(recipe, x)
@@ -213,26 +240,32 @@ def _fprop(
   kept = checkpoint_name(x.astype(jnp.bfloat16), INPUT) if packed is None else packed
   left = from_packed(kept) if isinstance(kept, QTensor) else Operand(kept, 1.0)
   trained = None if isinstance(w, QTensor) else kept
-  return product(left, weight_operand(w, recipe.w)), (trained, w, key, jnp.zeros((), x.dtype))
+  y = product(left, weight_operand(w, recipe.w), bias, dtype)
+  return y, (trained, w, bias, key, jnp.zeros((), x.dtype))
 
 
-def _dgrad_wgrad(recipe: Recipe, saved: Saved, g: Array) -> tuple[Array, Array | None, None, None]:
-  packed, w, key, like = saved
+def _dgrad_wgrad(
+  recipe: Recipe, dtype: Dtype, saved: Saved, g: Array
+) -> tuple[Array, Array | None, Array | None, None, None]:
+  del dtype
+  packed, w, bias, key, like = saved
   if recipe.needs_key and key is None:
     raise ValueError("quant.gradient_rounding=stochastic needs a key in the training step")
   keys = (None, None) if key is None else tuple(jax.random.split(key))
+  rows = tuple(range(g.ndim - 1))
+  db = None if bias is None else jnp.sum(g, rows, jnp.float32).astype(bias.dtype)
   g = g.astype(jnp.bfloat16)
   frozen = isinstance(w, QTensor)
   right = Operand(scale_free(w).T, unit_of(w)) if frozen else operand(w, recipe.w)
-  dx = product(operand(g, recipe.g, keys[0]), right).astype(like.dtype)
+  dx = product(operand(g, recipe.g, keys[0]), right, dtype=like.dtype)
   if packed is None or frozen:
-    return dx, None, None, None
+    return dx, None, db, None, None
   left = operand(packed, recipe.x_wgrad, flip=True)
   dw = product_over_rows(left, operand(g, recipe.g_wgrad, keys[1], flip=True))
-  return dx, dw.astype(w.dtype), None, None
+  return dx, dw.astype(w.dtype), db, None, None
 
 
-quantised_product.defvjp(_fprop, _dgrad_wgrad)
+_affine.defvjp(_fprop, _dgrad_wgrad)
 
 
 def quantise_weight(w: Array, spec: Spec) -> QTensor:
@@ -249,6 +282,4 @@ def quantised_matmul(
 ) -> Array:
   """`x [..., in] @ w + bias` in x's dtype; the sum is float32 until then."""
   x, packed = (x.x, x.packed) if isinstance(x, Prepared) else (x, None)
-  y = quantised_product(recipe, x, w, key, packed)
-  y = y if bias is None else y + bias
-  return checkpoint_name(y.astype(x.dtype), PRODUCT)
+  return checkpoint_name(_affine(recipe, x.dtype, x, w, bias, key, packed), PRODUCT)

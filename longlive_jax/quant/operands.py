@@ -7,6 +7,7 @@ those of the whole, but for stochastic rounding, which draws for each piece.
 """
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable
 from typing import NamedTuple
@@ -56,8 +57,11 @@ def whole(x: Array | QTensor) -> Array:
   return dequantise(x, jnp.bfloat16) if isinstance(x, QTensor) else x
 
 
-def in_place(make: Callable[[Array], Array], pieces: int, axis: int) -> Array:
-  """`make(piece number)` for all pieces, side by side along an axis, written into one array."""
+def in_place(make: Callable[[Array], Array], pieces: int, axis: int, after: Array) -> Array:
+  """`make(piece number)` for all pieces, side by side along an axis, written into one array.
+
+  That array is made when `after` is there; else it would be there from the start of a program.
+  """
   form = jax.eval_shape(make, jax.ShapeDtypeStruct((), jnp.int32))
   width = form.shape[axis]
   shape = list(form.shape)
@@ -66,7 +70,8 @@ def in_place(make: Callable[[Array], Array], pieces: int, axis: int) -> Array:
   def body(number: Array, out: Array) -> Array:
     return jax.lax.dynamic_update_slice_in_dim(out, make(number), number * width, axis)
 
-  return jax.lax.fori_loop(0, pieces, body, jnp.zeros(shape, form.dtype))
+  start, _ = jax.lax.optimization_barrier((jnp.zeros(shape, form.dtype), after))
+  return jax.lax.fori_loop(0, pieces, body, start)
 
 
 def operand(
@@ -98,7 +103,7 @@ def operand(
     return scale_free(quantise(columns(x, number * width, width), spec, amax=amax, key=own))
 
   unit = amax * np.float32(1 / find_rule(spec.rule).c)
-  return Operand(in_place(make, pieces, -2 if flip else -1), unit)
+  return Operand(in_place(make, pieces, -2 if flip else -1, amax), unit)
 
 
 def pack(x: Array, spec: Spec) -> QTensor:
@@ -111,8 +116,8 @@ def pack(x: Array, spec: Spec) -> QTensor:
   def part(number: Array) -> QTensor:
     return quantise(columns(x, number * width, width), spec, amax=amax)
 
-  codes = in_place(lambda number: part(number).codes, pieces, -1)
-  scales = in_place(lambda number: part(number).scales, pieces, -1)
+  codes = in_place(lambda number: part(number).codes, pieces, -1, amax)
+  scales = in_place(lambda number: part(number).scales, pieces, -1, amax)
   return QTensor(codes, scales, amax, spec.rule)
 
 
@@ -121,9 +126,32 @@ def from_packed(q: QTensor) -> Operand:
   return Operand(scale_free(q), unit_of(q))
 
 
-def product(a: Operand, b: Operand) -> Array:
-  """float32 `[..., M, N]` of `a [..., M, K]` and `b [N, K]`."""
-  return contract(a.values, b.values, (a.values.ndim - 1, 1)) * (a.unit * b.unit)
+def product(
+  a: Operand, b: Operand, bias: Array | None = None, dtype: jax.typing.DTypeLike = jnp.float32
+) -> Array:
+  """`dtype` `[..., M, N]` of `a [..., M, K]`, `b [N, K]` and a bias `[N]`: float32 until the end.
+
+  What is narrower than float32 is made in pieces, so that not all of it is there in float32.
+  """
+  unit = a.unit * b.unit
+
+  def affine(rows: Array, offset: Array | None) -> Array:
+    y = contract(a.values, rows, (a.values.ndim - 1, 1)) * unit
+    return (y if offset is None else y + offset).astype(dtype)
+
+  shape = (*a.values.shape[:-1], b.values.shape[0])
+  pieces = 1 if dtype == jnp.float32 else pieces_of(shape)
+  if pieces == 1:
+    return affine(b.values, bias)
+  width = shape[-1] // pieces
+
+  def make(number: Array) -> Array:
+    cut = functools.partial(
+      jax.lax.dynamic_slice_in_dim, start_index=number * width, slice_size=width
+    )
+    return affine(cut(b.values), None if bias is None else cut(bias))
+
+  return in_place(make, pieces, -1, a.values)
 
 
 def product_over_rows(a: Operand, b: Operand) -> Array:

@@ -49,7 +49,14 @@ class Bank:
 
 
 def visible_blocks(cuts: Sequence[int], blocks: int, window: Window, pin: bool) -> np.ndarray:
-  """Blocks each block attends to, `[blocks, K]` in order of time; rows before K - 1 hold 0."""
+  """Blocks each block attends to, `[blocks, K]` in order of time; rows before K - 1 hold 0.
+
+  Args:
+    cuts: first blocks of the shots that are cut to.
+    blocks: length of the clip.
+    window: of the sampler, in blocks.
+    pin: whether the first block after the last cut stays visible.
+  """
   state, rows = SlotState(), np.zeros((blocks, window.slots), np.int32)
   for block in range(blocks):
     state, _ = admit(state, block, 0.0, window)
@@ -69,7 +76,7 @@ def make_clips(
   for _ in range(count):
     shots = random_shots(rng, data.clip_blocks, data.max_shots)
     frames = shapes.shot_frames(shots, block_latents)
-    specs.append(shapes.sample_clip(rng, frames, experiment.video))
+    specs.append(shapes.sample_clip(rng, frames, experiment.video, data.change_share))
     lengths.append(shots)
   return specs, lengths
 
@@ -97,11 +104,12 @@ def make_bank(
   visible, positions = [], []
   window = Window(sample.window_latents // f, sample.sink_latents // f)
   for spec, shots in zip(specs, lengths, strict=True):
-    cuts = np.cumsum(shots)[:-1].tolist()
+    cuts = find_cuts(spec, shots)
     shot_of = np.repeat(np.arange(len(shots)), shots)
     prompts += block_prompts(spec, shot_of, cuts, sample.cut_prefix)
     visible.append(visible_blocks(cuts, data.clip_blocks, window, sample.pin_shots))
-    starts = np.arange(data.clip_blocks) * f + shot_of * sample.shot_offset_latents
+    cuts_so_far = np.searchsorted(cuts, np.arange(data.clip_blocks), side="right")
+    starts = np.arange(data.clip_blocks) * f + cuts_so_far * sample.shot_offset_latents
     positions.append((starts[:, None] + np.arange(f)) * sample.t_scale)
   ids, mask = tokenize(prompts)
   shape, model = (data.clips, data.clip_blocks, -1), experiment.model
@@ -113,6 +121,12 @@ def make_bank(
     jnp.asarray(np.stack(visible)),
     *(jnp.asarray(turn).reshape(*shape[:2], *turn.shape[1:]) for turn in turns),
   )
+
+
+def find_cuts(spec: shapes.ClipSpec, lengths: Sequence[int]) -> list[int]:
+  """First blocks of the shots that are cut to; `lengths` of all shots in blocks."""
+  starts = np.cumsum(lengths)[:-1].tolist()
+  return [b for b, shot in zip(starts, spec.shots[1:], strict=True) if not shot.follows]
 
 
 def block_prompts(

@@ -116,6 +116,7 @@ WRONG = {
   "train__steps": (1.5, "train.steps=1.5 must be of type int, not float"),
   "train__weight_decay": (-0.1, "train.weight_decay=-0.1 must be at least 0"),
   "data__max_shots": (9, "data.max_shots=9 must be at most data.clip_blocks=8"),
+  "data__change_share": (1.1, "data.change_share=1.1 must be at least 0 and at most 1"),
   "data__blocks": (9, "data.blocks=9 must be at most data.clip_blocks=8"),
   "sample__unroll_layers": ("yes", "sample.unroll_layers='yes' must be one of auto, off, on"),
   "train__remat": ("some", "train.remat='some' must be one of attention, dots, full, inputs, none"),

@@ -14,8 +14,10 @@ VIDEO = Video(height=64, width=96)
 LENGTHS = shapes.shot_frames((1, 1), 8)
 
 
-def clip(seed: int, lengths=LENGTHS, video: Video = VIDEO) -> shapes.ClipSpec:
-  return shapes.sample_clip(np.random.default_rng(seed), lengths, video)
+def clip(
+  seed: int, lengths=LENGTHS, video: Video = VIDEO, change_share: float = 0.0
+) -> shapes.ClipSpec:
+  return shapes.sample_clip(np.random.default_rng(seed), lengths, video, change_share)
 
 
 def thing(direction: str = "right", shape: str = "circle", **changes) -> shapes.ObjectSpec:
@@ -75,6 +77,80 @@ def test_consecutive_shots_differ_in_background_and_colours():
   for before, after in itertools.pairwise(clip(1, (8,) * 200).shots):
     assert before.background != after.background
     assert not {o.colour for o in before.objects} & {o.colour for o in after.objects}
+
+
+def test_clips_that_are_only_cut_stay_what_they_are():
+  """Seeds stand for scripts in files of scores, and for the clips of a training run."""
+  shots = clip(17, (29, 32, 32, 32)).shots
+  assert [shot.caption() for shot in shots] == [
+    "north red circle moving left, south green square heading left, over slate",
+    "one purple circle moving left, over night",
+    "west blue square moving up, east yellow square heading up, over fog",
+    "one green square moving up, over checker",
+  ]
+  last = shots[-1].objects[0]
+  assert last.start == pytest.approx((0.343049972540729, 0.539023810014116))
+  assert not any(shot.follows for shot in shots)
+
+
+def test_what_changes_without_a_cut():
+  shots = clip(1, (8,) * 1200, change_share=0.7).shots
+  changes = [(a, b) for a, b in itertools.pairwise(shots) if b.follows]
+  cuts = [(a, b) for a, b in itertools.pairwise(shots) if not b.follows]
+  assert not shots[0].follows and len(changes) / len(shots) == pytest.approx(0.7, abs=0.05)
+  for before, after in cuts:
+    assert before.background != after.background
+    assert not {o.colour for o in before.objects} & {o.colour for o in after.objects}
+  going_on = []
+  for before, after in changes:
+    assert before.caption() != after.caption()
+    assert len({o.colour for o in after.objects}) == len(after.objects)
+    if [o.size for o in before.objects] == [o.size for o in after.objects]:
+      going_on.append((before, after))
+  assert len(going_on) / len(changes) == pytest.approx(0.8, abs=0.05)
+  stays = [before.background == after.background for before, after in going_on]
+  assert np.mean(stays) == pytest.approx(0.5 + 0.5 / 6, abs=0.07)
+  turns = {1: [], 2: []}
+  for before, after in going_on:
+    assert [o.speed for o in before.objects] == [o.speed for o in after.objects]
+    turns[len(after.objects)].append(before.objects[0].horizontal != after.objects[0].horizontal)
+  assert np.mean(turns[1]) == pytest.approx(0.5, abs=0.1)
+  assert not any(turns[2]), "objects would leave their lanes"
+
+
+def middle(coloured: np.ndarray) -> np.ndarray:
+  """Centre (y, x) in pixels of what is set in [H, W], one run on a torus along each axis."""
+  centre = []
+  for axis in (1, 0):
+    line = coloured.any(axis)
+    first = int(np.flatnonzero(line & ~np.roll(line, 1))[0])
+    centre.append((first + line.sum() / 2) % line.size)
+  return np.asarray(centre)
+
+
+@pytest.mark.parametrize("size", [(64, 96), (96, 64)])
+def test_objects_go_on_from_where_they_are(size):
+  """From the last frame before a change to the first after it they move as ever: one step."""
+  video, seen = Video(height=size[0], width=size[1]), {1: 0, 2: 0}
+  for seed in range(8):
+    spec = clip(seed, (41,) * 4, video, change_share=1.0)
+    for first, (before, after) in zip(
+      spec.first_frames[1:], itertools.pairwise(spec.shots), strict=True
+    ):
+      if [o.size for o in before.objects] != [o.size for o in after.objects]:
+        continue
+      frames = shapes.render(spec, video, first - 1, first + 1)
+      coloured = np.ptp(frames, axis=-1) > 64
+      lanes = [coloured]
+      if len(after.objects) == 2:
+        lanes = np.split(coloured, 2, axis=1 if after.objects[0].horizontal else 2)
+      for lane, thing in zip(lanes, before.objects, strict=True):
+        step = middle(lane[1]) - middle(lane[0])
+        step = (step + np.asarray(size) / 2) % size - np.asarray(size) / 2
+        moved = np.asarray(shapes_render.DIRECTIONS[thing.direction]) * thing.speed * min(size)
+        np.testing.assert_allclose(step, moved, atol=1.0)
+        seen[len(after.objects)] += 1
+  assert min(seen.values()) >= 4
 
 
 @pytest.mark.parametrize("size", [(64, 96), (96, 64), (64, 64)])

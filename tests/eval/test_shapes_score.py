@@ -150,6 +150,44 @@ def test_a_cut_is_found_where_it_is_or_not_at_all():
   assert scorer.score_clip(late, spec)["cut"] == [0.0]
 
 
+def test_a_change_without_a_cut_is_scored_as_a_shot_and_not_as_a_cut():
+  """It also is read where an object rests on a border, having turned there."""
+  specs = [
+    shapes.sample_clip(np.random.default_rng((3, i)), (29, 24, 24, 24), VIDEO, change_share=0.7)
+    for i in range(24)
+  ]
+  marked = [scorer.score_clip(shapes.render(spec, VIDEO), spec) for spec in specs]
+  found, shots = scorer.score(marked), [shot for spec in specs for shot in spec.shots]
+  changes = sum(shot.follows for shot in shots)
+  assert found["shots"] == len(shots) and 0 < changes < 72
+  assert sum(len(result["changed"]) for result in marked) == changes
+  assert sum(len(result["cut"]) for result in marked) == 72 - changes
+  for name in ("score", "cut", "changed"):
+    assert found[name] >= 0.995, name
+  assert {"changed_error", "cut_error"} <= set(found)
+
+
+def test_only_the_shots_that_follow_count_as_changed():
+  first = shot(moving("left"), frames=29).shots[0]
+  second = dataclasses.replace(shot(moving("right", "blue")).shots[0], follows=True)
+  frames = shapes.render(shapes.ClipSpec((first, second)), VIDEO)
+  unmoved = shapes.ClipSpec((first, dataclasses.replace(first, frames=24, follows=True)))
+  found = scorer.score([scorer.score_clip(frames, unmoved)])
+  assert found["changed"] == pytest.approx(1 / 3), "the shape alone"
+  assert found["score"] == pytest.approx(2 / 3) and "cut" not in found
+  cut = shapes.ClipSpec((first, dataclasses.replace(second, follows=False)))
+  assert "changed" not in scorer.score([scorer.score_clip(frames, cut)])
+
+
+@pytest.mark.parametrize("start", [(0.3, 0.0), (0.3, 0.97), (0.0, 0.0)])
+@pytest.mark.parametrize("shape", ["circle", "square", "triangle"])
+def test_an_object_that_moves_along_a_border_is_one_object(start, shape):
+  spec = shot(dataclasses.replace(moving("down"), start=start, shape=shape))
+  frames = degrade(shapes.render(spec, VIDEO), np.random.default_rng(0))
+  found = scorer.read_shot(frames)
+  assert [(o.colour, o.shape, o.direction) for o in found] == [("red", shape, "down")]
+
+
 def test_pairs_are_differences_of_the_same_scripts(world):
   specs, clean, worse = world
   a, b = results(clean, specs), scorer.permuted(worse, specs)

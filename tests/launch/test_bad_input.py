@@ -286,6 +286,7 @@ EVALUATE = {
   "--batch=0": "--batch=0",
   "--first_seed=-1": "--first_seed=-1",
   "--blocks=-2": "--blocks=-2",
+  "--changes=1.1": "--changes=1.1",
   "--against=none.json": "--against=none.json: there is no such file",
   "--against=benchmarks/results": "--against=benchmarks/results: there is no such file",
   "--against=LICENSE": "--against=LICENSE is not a file that launch.evaluate wrote",

@@ -1,5 +1,6 @@
 """`launch.evaluate`: scripts drawn by seed, scored, and compared script by script."""
 
+import importlib
 import json
 from pathlib import Path
 
@@ -43,6 +44,7 @@ def test_the_report_says_what_was_scored(report):
     "first_seed": 50,
     "shots": 2,
     "blocks": 2,
+    "changes": 0.0,
     "source": "model",
   }
   assert report["chance"]["shape"] < 1 and report["permuted"]["shots"] == 8
@@ -63,6 +65,23 @@ def test_scores_are_those_of_the_scripts_videos(report, checkpoint):
   assert json.loads(json.dumps(score_clip(video, clip))) == report["results"][2]
 
 
+def test_prompts_change_without_a_cut(evaluate, checkpoint, tmp_path):
+  """Every border is a change: the sampler is told to keep the shot, the scorer to find no cut."""
+  done = evaluate("kept.json", "--changes=1")
+  assert done.code == 0, done.stderr
+  found = json.loads((tmp_path / "kept.json").read_text())
+  assert [len(result["changed"]) for result in found["results"]] == [1] * 4
+  assert "cut" not in found["score"] and {"changed", "changed_error"} <= set(found["score"])
+  experiment = load_config(Path(checkpoint) / "config.json")
+  frames = shapes.shot_frames([2, 2], experiment.model.block_latents)
+  clip = shapes.sample_clip(np.random.default_rng(51), frames, experiment.video, 1.0)
+  shots = [Shot(shot.caption(), 2, transition="keep") for shot in clip.shots]
+  made = importlib.import_module("launch.evaluate").to_script(clip, 51)
+  assert made.shots[1:] == tuple(shots[1:]) and made.seed == 51
+  done = evaluate("x.json", f"--against={tmp_path / 'kept.json'}")
+  assert done.code == 2 and "--changes=1.0; only equal scripts can be paired" in done.stderr
+
+
 def test_scripts_in_batches_score_the_same(report, evaluate, tmp_path):
   assert evaluate("b.json", "--batch=2").code == 0
   assert json.loads((tmp_path / "b.json").read_text())["results"] == report["results"]
@@ -73,6 +92,8 @@ def test_a_difference_is_paired(report, evaluate, tmp_path):
   changed = json.loads(other.read_text())
   for result in changed["results"]:
     result["score"] = [value - 0.25 for value in result["score"]]
+    del result["changed"]  # as in files of before there were changes
+  del changed["flags"]["changes"]
   (tmp_path / "worse.json").write_text(json.dumps(changed))
   done = evaluate("c.json", f"--against={tmp_path / 'worse.json'}")
   assert done.code == 0, done.stderr
@@ -82,10 +103,11 @@ def test_a_difference_is_paired(report, evaluate, tmp_path):
   assert found["difference"]["colour"] == 0.0
 
 
-def test_controls_score_real_clips_with_and_without_the_vae(evaluate, tmp_path):
+@pytest.mark.parametrize("changes", [0, 1])
+def test_controls_score_real_clips_with_and_without_the_vae(evaluate, tmp_path, changes):
   scores = {}
   for source in ("real", "vae"):
-    done = evaluate(f"{source}.json", f"--source={source}")
+    done = evaluate(f"{source}.json", f"--source={source}", f"--changes={changes}")
     assert done.code == 0, done.stderr
     scores[source] = json.loads((tmp_path / f"{source}.json").read_text())["score"]["score"]
   assert scores["real"] > 0.9 > scores["vae"], "untrained, the VAE loses everything"

@@ -138,7 +138,7 @@ def test_packed_inputs_are_what_the_backward_pass_keeps():
 def test_gradients_are_those_of_an_input_that_is_not_packed():
   packed = packed_input(X.astype(jnp.bfloat16), NEAREST)
   gradients = [
-    _dgrad_wgrad(NEAREST, (kept, W, None, jnp.zeros(())), G)
+    _dgrad_wgrad(NEAREST, jnp.float32, (kept, W, None, None, jnp.zeros(())), G)
     for kept in (packed, dequantise(packed, jnp.bfloat16))
   ]
   for ours, theirs in zip(*gradients, strict=True):

@@ -40,7 +40,16 @@ def encode(_: None, video: Array) -> Array:
 
 @pytest.fixture(scope="module")
 def bank() -> clips.Bank:
-  return clips.make_bank(EXPERIMENT, encode, None, load_tokenizer(EXPERIMENT.model.text), group=2)
+  return make_bank(EXPERIMENT)
+
+
+def make_bank(experiment: Experiment) -> clips.Bank:
+  return clips.make_bank(experiment, encode, None, load_tokenizer(experiment.model.text), group=2)
+
+
+def with_changes(share: float) -> Experiment:
+  data = dataclasses.replace(EXPERIMENT.data, change_share=share)
+  return dataclasses.replace(EXPERIMENT, data=data)
 
 
 def test_shots_fill_the_clip():
@@ -63,13 +72,23 @@ def test_late_blocks_see_sink_pin_and_recent(cuts: list[int]):
     assert rows[4:].tolist() == [[0, b - 2, b - 1, b] for b in range(4, 9)]
 
 
-def test_the_bank_agrees_with_the_sampler(bank: clips.Bank):
+@pytest.mark.parametrize("share", [0.0, 0.5])
+def test_the_bank_agrees_with_the_sampler(share: float):
   """Prompts, positions and visible blocks are those a script of the same shots gets."""
-  specs, lengths = clips.make_clips(EXPERIMENT, 5, EXPERIMENT.data.seed)
-  tokenizer, schedule = load_tokenizer(EXPERIMENT.model.text), Schedule.of(EXPERIMENT)
+  experiment = with_changes(share)
+  bank = make_bank(experiment)
+  specs, lengths = clips.make_clips(experiment, 5, experiment.data.seed)
+  follows = [shot.follows for spec in specs for shot in spec.shots[1:]]
+  assert set(follows) == {False, share > 0}
+  tokenizer, schedule = load_tokenizer(experiment.model.text), Schedule.of(experiment)
   for row, (spec, shots) in enumerate(zip(specs, lengths, strict=True)):
-    entries = [Shot(s.caption(), n) for s, n in zip(spec.shots, shots, strict=True)]
-    plan = expand(Script(tuple(entries)), 24, F, EXPERIMENT.sample.cut_prefix)
+    entries = [
+      Shot(s.caption(), n, transition="keep" if s.follows else "cut")
+      for s, n in zip(spec.shots, shots, strict=True)
+    ]
+    plan = expand(Script(tuple(entries)), 24, F, experiment.sample.cut_prefix)
+    cuts = [block for block, entry in enumerate(plan) if entry.transition == "cut"]
+    assert clips.find_cuts(spec, shots) == cuts
     ids, mask = tokenizer([entry.prompt for entry in plan])
     np.testing.assert_array_equal(bank.tokens[row], ids)
     np.testing.assert_array_equal(bank.masks[row], mask)
@@ -80,7 +99,7 @@ def test_the_bank_agrees_with_the_sampler(bank: clips.Bank):
       slots = states[0].slots
       np.testing.assert_array_equal(tables.cos[0], bank.cos[row, block])
       np.testing.assert_array_equal(tables.sin[0], bank.sin[row, block])
-      if block >= EXPERIMENT.data.blocks:
+      if block >= experiment.data.blocks:
         assert sorted(slots.blocks) == bank.visible[row, block].tolist()
       states, _ = schedule.settle(states, block, cut)
 
@@ -112,3 +131,8 @@ def test_clips_of_the_autoencoder_have_cuts_at_borders_of_latents():
   cut = second[second < shapes.NEVER]
   assert 70 < len(cut) < 130
   assert set(cut.tolist()) == {1, 5, 9, 13, 17}
+
+
+def test_clips_of_the_autoencoder_have_no_other_changes():
+  with_them = clips.vae_clips(with_changes(1.0), 20)
+  jax.tree.map(np.testing.assert_array_equal, with_them, clips.vae_clips(EXPERIMENT, 20))
