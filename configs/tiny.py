@@ -10,6 +10,7 @@ from longlive_jax.config.schema import (
   Experiment,
   Io,
   Model,
+  Recycling,
   Sample,
   Text,
   Train,
@@ -95,7 +96,7 @@ def train_ar(config: Experiment) -> None:
   config.data.far_share, config.data.change_share = 0.6, 0.3
   config.train = Train(
     stage="ar",
-    steps=16900,
+    steps=11000,
     batch=128,
     lr=1.5e-3,
     final_lr_fraction=0.02,
@@ -109,4 +110,5 @@ def train_ar(config: Experiment) -> None:
     prompt_dropout_share=0.1,
     first_latent_share=0.15,
     remat="dots",
+    recycling=Recycling(enabled=True),
   )

@@ -78,20 +78,21 @@ def draw_cache(experiment: Experiment, path: Path) -> None:
 def draw_training(path: Path) -> None:
   """Quality of the autoencoder and loss of the transformer against minutes of training."""
   figure, axes = plt.subplots(1, 2, figsize=(8.4, 3.2), layout="constrained")
-  for panel, stage, metric, label in zip(
-    axes,
-    ("vae", "ar"),
-    ("psnr", "loss"),
-    ("autoencoder: PSNR, dB", "transformer: loss"),
-    strict=True,
+  for panel, run, metric, label, colour in (
+    (0, "vae_training", "psnr", None, COLOURS[4]),
+    (1, "ar_training_off", "loss", "clean context", COLOURS[1]),
+    (1, "ar_training", "loss", "errors recycled (shipped)", COLOURS[4]),
   ):
-    lines = (RESULTS / f"tiny_{stage}_training.jsonl").read_text().splitlines()
+    lines = (RESULTS / f"tiny_{run}.jsonl").read_text().splitlines()
     records = [json.loads(line) for line in lines]
     minutes = [(record["time"] - records[0]["time"]) / 60 for record in records]
-    panel.plot(minutes, [record[metric] for record in records], color=COLOURS[4], linewidth=1)
-    panel.set(xlabel="minutes", title=label)
+    values = [record[metric] for record in records]
+    axes[panel].plot(minutes, values, color=colour, linewidth=1, label=label)
+  for panel, title in zip(axes, ("autoencoder: PSNR, dB", "transformer: loss"), strict=True):
+    panel.set(xlabel="minutes", title=title)
     panel.grid(color=COLOURS[0])
   axes[1].set_yscale("log")
+  axes[1].legend(frameon=False)
   figure.savefig(path, dpi=110)
   plt.close(figure)
 

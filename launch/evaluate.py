@@ -215,6 +215,7 @@ def describe(
     "jax": jax.__version__,
     "frames_per_second": run.frames / run.seconds,
     "score": shapes_score.score(results),
+    "by_shot": np.mean([result["score"] for result in results], axis=0).tolist(),
     "chance": shapes_score.chance(),
     "config": json.loads(to_json(experiment)),
     "results": results,

@@ -36,6 +36,7 @@ from longlive_jax.io.checkpoint import (
 
 GROUP_BYTES = 2**28
 HASH_PIECE = 2**22
+COMPRESSED_BYTES = 2**26  # a network of at most so many is compressed
 REMOVING_SECONDS = 10
 Progress = Callable[[int], object]
 
@@ -210,9 +211,10 @@ def is_of(partial: Path, plan: Mapping[str, Any]) -> bool:
 def write_groups(
   folder: Path, network: str, leaves: Leaves, group_bytes: int, progress: Progress
 ) -> None:
-  """Writes the groups that are not there."""
+  """Writes the groups that are not there; compressed if it is little, which takes no time then."""
   folder.mkdir(exist_ok=True)
   groups = groups_of(leaves, group_bytes)
+  little = sum(leaf.nbytes for leaf in leaves.values()) <= COMPRESSED_BYTES
   names = {f"{number:03d}" for number in range(len(groups))}
   for entry in folder.iterdir():
     if entry.name not in names:  # begun and not finished
@@ -225,7 +227,7 @@ def write_groups(
     return {name: finite(network, name, leaves[name]) for name in group}
 
   for path, made in ahead(arrays, missing):
-    save_group(path, made, compress=False)
+    save_group(path, made, compress=little)
     progress(sum(array.nbytes for array in made.values()))
 
 
