@@ -7,16 +7,13 @@ Source: spec/models.md section 6.6.
 
 from collections.abc import Mapping
 
-import jax
-import jax.numpy as jnp
-
 from longlive_jax.config import Model
 from longlive_jax.convert.dialects import column
 from longlive_jax.convert.keys_dit import INNER
 from longlive_jax.convert.stored import Stored
-from longlive_jax.convert.torch_import import Row, leaf_at
-from longlive_jax.io.leaves import nested
+from longlive_jax.convert.torch_import import Row
 from longlive_jax.model.dit import declare_dit
+from longlive_jax.model.lora import adapter_shapes
 from longlive_jax.types import PyTree
 
 HALVES = {"a": "lora_A", "b": "lora_B"}
@@ -35,13 +32,7 @@ def lora_rows(cfg: Model, dialect: str = "original") -> list[Row]:
 
 def lora_shapes(cfg: Model, rank: int) -> PyTree:
   """Shapes of adapters: "layers/ffn/up/a" `[layers, in, rank]`, ".../b" `[layers, rank, out]`."""
-  base = declare_dit(cfg).abstract
-  leaves = {}
-  for path in INNER:
-    layers, size_in, size_out = leaf_at(base, f"layers/{path}/kernel").shape
-    leaves[f"layers/{path}/a"] = jax.ShapeDtypeStruct((layers, size_in, rank), jnp.float32)
-    leaves[f"layers/{path}/b"] = jax.ShapeDtypeStruct((layers, rank, size_out), jnp.float32)
-  return nested(leaves)
+  return adapter_shapes(declare_dit(cfg).abstract, rank)
 
 
 def rank_of(tensors: Mapping[str, Stored]) -> int:
