@@ -20,6 +20,7 @@ from longlive_jax.config import Model
 from longlive_jax.io.leaves import path_name
 from longlive_jax.model.attention import Cross, pair
 from longlive_jax.model.dit_layer import Head, Layer
+from longlive_jax.model.grown import Grown
 from longlive_jax.model.layers import Linear, Mlp, gelu, patchify, sinusoid, unpatchify
 from longlive_jax.model.module import Network, declare, stack_layers
 from longlive_jax.model.ops import ATTENDED, INPUT, PACKED, PRODUCT, REFERENCE, Ops, Plan, is_costly
@@ -140,7 +141,7 @@ class DiT(nnx.Module):
       timesteps: `[B, F]` float32 in [0, 1000].
       text: keys and values of `pieces` prompts a sample.
       plan: self-attention plan; it carries the rotary tables.
-      cache: cache for a cached plan.
+      cache: cache for a cached plan; for `Grown` the earlier blocks.
       context: teacher forcing: clean latents of the same shape; the plan sees pairs of rows.
       context_timesteps: `[B, F]`; default 0.
       pieces: prompts a sample; the tokens are cut into as many equal runs.
@@ -181,17 +182,22 @@ class DiT(nnx.Module):
   ) -> tuple[Array, Any]:
     graph, state = nnx.split(self.layers)
 
-    def body(carry: tuple[Array, Any], inputs: Any) -> tuple[tuple[Array, Any], None]:
-      index, params, text_k, text_v = inputs
+    grown = isinstance(plan, Grown)  # then a layer is given its own part and hands back another
+
+    def body(carry: tuple[Array, Any], inputs: Any) -> tuple[tuple[Array, Any], Any]:
+      index, params, text_k, text_v, given = inputs
       layer = nnx.merge(graph, params)
       x, cache = carry
-      here = ops.in_layer(index)
-      return layer(x, conditions, (text_k, text_v), plan, cache, index, here, cross), None
+      here, texts = ops.in_layer(index), (text_k, text_v)
+      x, made = layer(x, conditions, texts, plan, given if grown else cache, index, here, cross)
+      return ((x, None), made) if grown else ((x, made), None)
 
     if remat != "none":
       body = jax.checkpoint(body, prevent_cse=False, policy=REMAT[remat])
-    inputs = (jnp.arange(self.cfg.layers), state, text.k, text.v)
-    return jax.lax.scan(body, (x, cache), inputs)[0]
+    given, carried = (cache, None) if grown else (None, cache)
+    inputs = (jnp.arange(self.cfg.layers), state, text.k, text.v, given)
+    (x, carried), made = jax.lax.scan(body, (x, carried), inputs)
+    return x, made if grown else carried
 
   def _loop(
     self,

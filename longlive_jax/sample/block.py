@@ -20,7 +20,7 @@ from longlive_jax.model.dit import TextKV
 from longlive_jax.model.kv_cache import Cache
 from longlive_jax.model.module import Network
 from longlive_jax.model.ops import REFERENCE, Ops
-from longlive_jax.model.rope import expand, spatial_table
+from longlive_jax.model.rope import Rope, expand, spatial_table
 from longlive_jax.sample.schedule import Tables
 from longlive_jax.types import Array, PyTree
 
@@ -48,15 +48,19 @@ class Denoiser:
   guidance: float = 1.0
   ops: Ops = REFERENCE
 
-  def plan(self, tables: Tables, latents: Array, keep: bool = True) -> Cached:
-    """The attention plan of a pass over latents of this size; `keep` as in `Cached`."""
+  def ropes(self, tables: Tables, latents: Array) -> tuple[Rope, Rope | None]:
+    """Rotations of a block's own tokens and, with relative positions, of all slots."""
     cfg = self.cfg
     height, width = latents.shape[2:4]
     space = spatial_table(height // cfg.patch, width // cfg.patch, cfg.head_dim, cfg.rope_theta)
     window = None
     if tables.window_cos is not None and tables.window_sin is not None:
       window = expand((tables.window_cos, tables.window_sin), space)
-    rope = expand((tables.cos, tables.sin), space)
+    return expand((tables.cos, tables.sin), space), window
+
+  def plan(self, tables: Tables, latents: Array, keep: bool = True) -> Cached:
+    """The attention plan of a pass over latents of this size; `keep` as in `Cached`."""
+    rope, window = self.ropes(tables, latents)
     lengths = None if tables.lengths is None else jnp.asarray(tables.lengths)
     return Cached(tables.level, rope, jnp.asarray(tables.slot), lengths, window, keep)
 
