@@ -1,41 +1,61 @@
 """The VAE around a rollout: blocks of latents to frames with carried state, images to latents."""
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Sharding
 
 from longlive_jax.checks import check_divides, check_remainder
 from longlive_jax.model.module import Network
 from longlive_jax.model.vae import SPACE, TIME, from_uint8, to_uint8
 from longlive_jax.parallel.rules import at, home_of
+from longlive_jax.parallel.space import fetched, split_rows
 from longlive_jax.types import Array, ArrayLike, PyTree
 
 
 class Decoder:
-  """Executables that decode blocks of one shape; both are compiled at once.
+  """Executables that decode blocks of one shape; all are compiled at once.
 
   Args:
     network: declared VAE.
     params: its parameters.
     block_shape: `(B, F, H, W, C)` of a block's latents.
+    latents_per_call: decoded at a time, a divisor of F; 0 = F. Fewer take less memory.
+
+  Sharding: latents are whole wherever parameters are; frames and carried state have their rows
+    split over "seq", see `parallel.space`. On several processes frames are whole.
   """
 
-  def __init__(self, network: Network, params: PyTree, block_shape: tuple[int, ...]):
+  def __init__(
+    self,
+    network: Network,
+    params: PyTree,
+    block_shape: tuple[int, ...],
+    latents_per_call: int = 0,
+  ):
     self.network, self.params, self.block_shape = network, params, block_shape
+    self.size = size = latents_per_call or block_shape[1]
     home = home_of(params)
+    rows = split_rows(home, block_shape[2])
+    shown = fetched(rows, home)
     latents = jax.ShapeDtypeStruct(block_shape, jnp.float32, sharding=home)
+    start = jax.ShapeDtypeStruct((), jnp.int32)
 
-    def decode(params: PyTree, latents: Array, state: Any) -> tuple[Array, Any]:
+    def decode(params: PyTree, latents: Array, start: Array, state: Any) -> tuple[Array, Any]:
+      latents = jax.lax.dynamic_slice_in_dim(latents, start, size, 1)
+      latents = jax.lax.with_sharding_constraint(latents, rows)
       video, state = network.bind(params).decode_next(latents, state)
       return to_uint8(video), state
 
-    step = jax.jit(decode, donate_argnums=2, out_shardings=home)
-    self._first = step.lower(params, latents, None).compile()
-    state = at(home, jax.eval_shape(decode, params, latents, None)[1])
-    self._later = step.lower(params, latents, state).compile()
+    step = jax.jit(decode, donate_argnums=3, out_shardings=(shown, rows))
+    self._first = step.lower(params, latents, start, None).compile()
+    state = at(rows, jax.eval_shape(decode, params, latents, start, None)[1])
+    self._later = step.lower(params, latents, start, state).compile()
+    self._join = _joining(self._first, self._later, block_shape[1] // size, shown)
     self._encode: Any = None
 
   def decode(self, latents: ArrayLike, state: Any) -> tuple[Array, Any]:
@@ -48,8 +68,12 @@ class Decoder:
     Returns:
       (frames uint8 `[B, T, H, W, 3]`, state).
     """
-    step = self._first if state is None else self._later
-    return step(self.params, latents, state)
+    parts, join = [], self._join[state is None]
+    for start in range(0, self.block_shape[1], self.size):
+      step = self._first if state is None else self._later
+      part, state = step(self.params, latents, np.int32(start), state)
+      parts.append(part)
+    return join(*parts), state
 
   def encode_images(self, images: np.ndarray) -> np.ndarray:
     """Latents `[B, 1, h, w, C]` of images uint8 `[B, H, W, 3]`; compiled at the first use.
@@ -69,6 +93,23 @@ class Decoder:
       shapes = jax.ShapeDtypeStruct(images.shape, images.dtype)
       self._encode = jax.jit(encode).lower(self.params, shapes).compile()
     return np.asarray(self._encode(self.params, images))
+
+
+def _joining(
+  first: Any, later: Any, count: int, place: Sharding
+) -> dict[bool, Callable[..., Array]]:
+  """Executables that join frames of `count` calls, by whether a video starts with them."""
+  if count == 1:
+    return dict.fromkeys((True, False), lambda frames: frames)
+
+  def join(*parts: Array) -> Array:
+    return jnp.concatenate(parts, 1)
+
+  def compiled(before: Any) -> Callable[..., Array]:
+    parts = at(place, [step.out_info[0] for step in (before, *[later] * (count - 1))])
+    return jax.jit(join, out_shardings=place).lower(*parts).compile()
+
+  return {True: compiled(first), False: compiled(later)}
 
 
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=3)
