@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import jax
@@ -20,7 +21,9 @@ from longlive_jax.model.ops import Ops, attend_with, cudnn_attention, dense_atte
 from longlive_jax.model.text import declare_text, frozen_params
 from longlive_jax.model.tokenizer import load_tokenizer
 from longlive_jax.model.vae import declare_vae
-from longlive_jax.parallel.rules import RULES, placed, shardings_of
+from longlive_jax.parallel.mesh import sampling_mesh
+from longlive_jax.parallel.rules import RULES, WHOLE, Rule, placed, shardings_of
+from longlive_jax.parallel.share import shared_ops
 from longlive_jax.quant.policy import quantise_params, quantised_ops
 from longlive_jax.sample.sampler import Models, Sampler
 from longlive_jax.types import PyTree
@@ -103,11 +106,14 @@ def find_checkpoint(name: str) -> Path:
 
 
 def fresh_params(
-  experiment: Experiment, networks: dict[str, Network], mesh: Mesh | None = None
+  experiment: Experiment,
+  networks: dict[str, Network],
+  mesh: Mesh | None = None,
+  rules: Mapping[str, Sequence[Rule]] = RULES,
 ) -> dict[str, PyTree]:
-  """Freshly drawn parameters of all networks, from `train.seed`, split over a mesh."""
+  """Freshly drawn parameters of all networks, from `train.seed`, placed on a mesh by `rules`."""
   seed, text = experiment.train.seed, experiment.model.text
-  places = {n: shardings_of(net.abstract, RULES[n], mesh) for n, net in networks.items() if mesh}
+  places = {n: shardings_of(net.abstract, rules[n], mesh) for n, net in networks.items() if mesh}
   params = {name: net.init(seed, places.get(name)) for name, net in networks.items()}
   if text.frozen_seed >= 0:
     frozen = frozen_params(networks["text"], text)
@@ -143,6 +149,7 @@ def load_networks(
   mesh: Mesh | None = None,
   *,
   narrow: bool = False,
+  rules: Mapping[str, Sequence[Rule]] = RULES,
 ) -> dict[str, PyTree]:
   """Parameters of these networks from a checkpoint, whatever dtype is stored; NVFP4 stays.
 
@@ -150,8 +157,9 @@ def load_networks(
     experiment: checked experiment.
     networks: name -> network.
     folder: of the checkpoint.
-    mesh: over which the parameters are split.
+    mesh: on which the parameters are placed.
     narrow: as `narrowed` has them, so that nothing wider is ever in memory; otherwise float32.
+    rules: how they are placed.
 
   Raises:
     ValueError: they do not fit the experiment (names the settings that differ), or are not finite.
@@ -167,7 +175,7 @@ def load_networks(
     quantise = functools.partial(quantise_params, quant=experiment.quant)
     abstract["dit"] = jax.eval_shape(quantise, abstract["dit"])
   if mesh:
-    abstract = {name: placed(tree, RULES[name], mesh) for name, tree in abstract.items()}
+    abstract = {name: placed(tree, rules[name], mesh) for name, tree in abstract.items()}
   try:
     return load_params(folder, abstract)
   except MismatchError as error:
@@ -178,7 +186,7 @@ def load_networks(
 
 
 def build_models(
-  experiment: Experiment, mesh: Mesh | None = None, *, narrow: bool = False
+  experiment: Experiment, mesh: Mesh | None = None, *, narrow: bool = False, shared: bool = False
 ) -> Models:
   """Networks with parameters from `io.checkpoint`, or fresh ones when it is empty.
 
@@ -187,19 +195,23 @@ def build_models(
     mesh: over which the parameters are split.
     narrow: matrices in the dtypes that they are used in, for sampling; else all is float32, but for
       a frozen text encoder on the mesh of a training run.
+    shared: the mesh is that of a sampler whose devices share each block: parameters are whole on
+      all of them, and the operations are those of `shared_ops`.
 
   Raises:
     FileNotFoundError: no such checkpoint or tokenizer.
     ValueError: its tensors do not fit the experiment, or are not finite.
   """
   networks = declare_networks(experiment)
-  ops = quantised_ops(choose_ops(experiment), experiment.quant, networks["dit"].abstract)
+  rules, ops = WHOLE if shared else RULES, choose_ops(experiment)
+  ops = shared_ops(ops, mesh) if mesh and shared else ops
+  ops = quantised_ops(ops, experiment.quant, networks["dit"].abstract)
   tokenizer = load_tokenizer(experiment.model.text)
   if experiment.io.checkpoint:
     folder = find_checkpoint(experiment.io.checkpoint)
-    params = load_networks(experiment, networks, folder, mesh, narrow=narrow)
+    params = load_networks(experiment, networks, folder, mesh, narrow=narrow, rules=rules)
   else:
-    params = fresh_params(experiment, networks, mesh)
+    params = fresh_params(experiment, networks, mesh, rules)
     params = narrowed(params, experiment.model) if narrow else params
   if mesh and not narrow:  # a frozen encoder takes no more room than it is used with
     text_dtype = experiment.model.text.dtype
@@ -244,13 +256,17 @@ class Pipeline(Sampler):
 
     Args:
       experiment: checked experiment.
-      mesh: over which weights are split, from `make_mesh`; default: one device.
+      mesh: over which weights are split, from `make_mesh`; every device works on all of a video.
+        Default: `parallel.seq` devices share each block, and have all weights; the other settings
+        of `parallel` are of training alone.
 
     Raises:
       FileNotFoundError: no such checkpoint, or it lacks a network.
-      ValueError: the weights contradict the experiment.
+      ValueError: the weights contradict the experiment, or `parallel.seq` cannot be.
     """
-    models = build_models(experiment, mesh, narrow=True)
+    shared = mesh is None and experiment.parallel.seq > 1
+    mesh = sampling_mesh(experiment) if shared else mesh
+    models = build_models(experiment, mesh, narrow=True, shared=shared)
     dit, network = quantise_params(models.params["dit"], experiment.quant), models.dit
     if unrolls(experiment):
       dit, network = separate_layers(dit), declare_dit(experiment.model, unrolled=True)
@@ -258,7 +274,7 @@ class Pipeline(Sampler):
 
   @classmethod
   def from_checkpoint(
-    cls, folder: str | Path, *, dtype: str = "", mesh: Mesh | None = None
+    cls, folder: str | Path, *, dtype: str = "", seq: int = 1, mesh: Mesh | None = None
   ) -> "Pipeline":
     """Loads weights together with the configuration that was saved beside them.
 
@@ -266,12 +282,13 @@ class Pipeline(Sampler):
       folder: a checkpoint, or the name of weights that ship.
       dtype: `model.dtype` to use instead of the saved one, "bfloat16" or "float32", whatever dtype
         is stored.
+      seq: `parallel.seq` to use, whatever the weights were trained with.
       mesh: as for `from_config`; any, whatever mesh the weights were saved on.
 
     Raises:
       FileNotFoundError: no such checkpoint, or it lacks a network.
       ValueError: its parts contradict each other.
     """
-    overrides = {"model.dtype": dtype} if dtype else None
+    overrides = {"parallel.seq": seq} | ({"model.dtype": dtype} if dtype else {})
     experiment = load_config(find_checkpoint(str(folder)) / "config.json", overrides)
     return cls.from_config(experiment, mesh=mesh)

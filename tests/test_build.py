@@ -217,10 +217,14 @@ def test_a_checkpoint_is_restored_onto_any_mesh_and_dtype(root, tmp_path, params
   alone = build.Pipeline.from_checkpoint(folder).models.params
   mesh = make_mesh(1, fsdp=1, seq=4, devices=jax.devices()[:4])
   spread = build.Pipeline.from_checkpoint(folder, mesh=mesh).models.params
+  shared = flat(build.Pipeline.from_checkpoint(folder, seq=2).models.params)
   for name, a in flat(alone).items():
     b = flat(spread)[name]
     assert b.dtype == a.dtype and len(b.sharding.device_set) == 4, name
     np.testing.assert_array_equal(np.asarray(a), np.asarray(b), err_msg=name)
+    whole = shared[name]
+    assert whole.sharding.is_fully_replicated and len(whole.devices()) == 2, name
+    np.testing.assert_array_equal(np.asarray(a), np.asarray(whole), err_msg=name)
   kernel = spread["dit"]["layers"]["ffn"]["up"]["kernel"]
   held = kernel.codes if packed else kernel
   assert held.addressable_shards[0].data.nbytes * 4 == held.nbytes

@@ -33,6 +33,7 @@ MAY_BE_ZERO = (
   "data.max_shot_blocks",
   "io.evaluate_every_steps",
   "parallel.halo_latents",
+  "sample.decode_latents",
   "sample.sink_latents",
   "train.ema_start_step",
   "train.recycling.start_step",
@@ -238,6 +239,12 @@ def check_sample(sample: Sample, block: int) -> None:
   check_divides("sample.window_latents", sample.window_latents, name, unit)
   if sample.sink_latents:
     check_divides("sample.sink_latents", sample.sink_latents, name, unit)
+  if sample.decode_latents and block % sample.decode_latents:
+    works = [size for size in range(1, block + 1) if block % size == 0]
+    raise ValueError(
+      f"sample.decode_latents={sample.decode_latents} must divide model.block_latents={block};"
+      f" use 0 (all) or one of {', '.join(map(str, works))}"
+    )
   pin = block if sample.pin_shots else 0
   least = sample.sink_latents + pin + block
   if sample.window_latents < least:

@@ -1,5 +1,7 @@
 """Checks of the settings of a training run: the loop, its data and its mesh."""
 
+import math
+
 from longlive_jax.checks import check_choice, check_divides
 from longlive_jax.config.schema import Data, Experiment
 
@@ -71,25 +73,51 @@ def check_shapes(experiment: Experiment) -> None:
 
 
 def check_parallel(experiment: Experiment) -> None:
-  """A clip can be shared by so many devices, and a batch by so many groups of them."""
+  """A clip or a block can be shared by so many devices, and a batch by so many groups of them."""
   parallel, train = experiment.parallel, experiment.train
   check_choice("parallel.layout", parallel.layout, LAYOUTS)
-  seq, works = parallel.seq, legal_seq(experiment)
-  if seq not in works:
-    raise ValueError(
-      f"parallel.seq={seq} must divide model.heads={experiment.model.heads} and"
-      f" data.blocks={experiment.data.blocks}"
-      + (", and be even with parallel.layout=plain" if parallel.layout == "plain" else "")
-      + f"; use one of {', '.join(map(str, works))}"
-    )
+  seq = parallel.seq
+  if seq not in block_seq(experiment):  # else it is right in sampling
+    check_shared_clip(experiment)
   part = train.batch // train.accumulate
   check_divides("train.batch / train.accumulate", part, "parallel.fsdp", parallel.fsdp)
   if train.stage == "vae" and seq > 1:
     raise ValueError(f"parallel.seq={seq} splits the clips of train.stage=ar; use parallel.seq=1")
 
 
+def check_shared_clip(experiment: Experiment) -> None:
+  """Raises ValueError unless `parallel.seq` devices can share a training clip."""
+  parallel, works = experiment.parallel, legal_seq(experiment)
+  if parallel.seq not in works:
+    raise ValueError(
+      f"parallel.seq={parallel.seq} must divide model.heads={experiment.model.heads} and"
+      f" data.blocks={experiment.data.blocks}"
+      + (", and be even with parallel.layout=plain" if parallel.layout == "plain" else "")
+      + f"; use one of {', '.join(map(str, works))} (in sampling, with model.block_latents="
+      f"{experiment.model.block_latents}: {', '.join(map(str, block_seq(experiment)))})"
+    )
+
+
+def check_shared_block(experiment: Experiment) -> None:
+  """Raises ValueError unless `parallel.seq` devices can share the blocks of a sampler."""
+  seq, model = experiment.parallel.seq, experiment.model
+  works = block_seq(experiment)
+  if seq not in works:
+    raise ValueError(
+      f"parallel.seq={seq} must divide model.heads={model.heads} and"
+      f" model.block_latents={model.block_latents} in sampling;"
+      f" use one of {', '.join(map(str, works))}"
+    )
+
+
+def block_seq(experiment: Experiment) -> list[int]:
+  """Values of `parallel.seq` that divide heads and the latents of a block (sampling)."""
+  common = math.gcd(experiment.model.heads, experiment.model.block_latents)
+  return [seq for seq in range(1, common + 1) if common % seq == 0]
+
+
 def legal_seq(experiment: Experiment) -> list[int]:
-  """Values of `parallel.seq` that divide heads and blocks."""
+  """Values of `parallel.seq` that divide heads and blocks (training)."""
   heads, blocks = experiment.model.heads, experiment.data.blocks
   plain = experiment.parallel.layout == "plain"
 

@@ -120,7 +120,8 @@ class Quant(Section):
   cache: str = "none"  # none | nvfp4: keys and values of earlier blocks
   cache_rule: str = "mse"
   cache_smoothing: str = "none"  # none | tokens | original: what is taken off the keys
-  kernels: str = "auto"  # auto (on, where one Hopper GPU is used) | on | off
+  # auto (on, where one Hopper GPU is used, or several share each block of a video) | on | off
+  kernels: str = "auto"
 
 
 @dataclasses.dataclass(unsafe_hash=True)
@@ -141,6 +142,7 @@ class Sample(Section):
   unroll_layers: str = (
     "auto"  # auto (plain weights on a GPU) | on | off: no copies, slow to compile
   )
+  decode_latents: int = 0  # of a block, decoded at a time; fewer take less memory; 0 = all
   cut_prefix: str = "The scene transitions. "  # text put before the first prompt of a new shot
   seed: int = 0
 
@@ -217,10 +219,10 @@ class Train(Section):
 
 @dataclasses.dataclass(unsafe_hash=True)
 class Parallel(Section):
-  """The mesh of training; what is left of the devices splits the batch."""
+  """The mesh of training; what is left of the devices splits the batch. Sampling knows `seq`."""
 
   fsdp: int = 1  # devices that share parameters, each with its own samples
-  seq: int = 1  # devices that share a clip
+  seq: int = 1  # devices that share a clip; in sampling each block of a video
   # balanced: each has context and target of the same blocks | plain: half of them have contexts
   layout: str = "balanced"
   chunk_vae: bool = True  # each of them encodes its own part of a clip; off = all encode all of it

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jax.sharding import AbstractMesh, AxisType
 
 from longlive_jax.config import Experiment
+from longlive_jax.config.rules_train import check_shared_clip
 from longlive_jax.eval.trace import Work, kept_bytes, kernel_attention, linearise, work, work_of
 from longlive_jax.model.attention import TeacherForcing, block_borders
 from longlive_jax.model.module import Network
@@ -25,6 +26,7 @@ AXES = (DATA, FSDP, HALF, SEQ)
 
 def abstract_mesh(experiment: Experiment, devices: int) -> AbstractMesh:
   """The mesh of so many devices, none of which need be there."""
+  check_shared_clip(experiment)
   train, parallel = experiment.train, experiment.parallel
   part = train.batch // train.accumulate
   shape = mesh_shape(part, devices, parallel.fsdp, parallel.seq, parallel.layout)

@@ -17,12 +17,13 @@ def kernel_for(device: jax.Device) -> str:
   return _BY_CAPABILITY.get(str(capability).split(".")[0], PLAIN)
 
 
-def use_kernels(setting: str) -> bool:
+def use_kernels(setting: str, local: bool = False) -> bool:
   """Whether layers' inputs are quantised, and the packed cache is written and read, by kernels.
 
   Args:
     setting: `quant.kernels`. "auto": on one Hopper GPU (the compiler does not split a kernel call
       over devices); "on" or "off".
+    local: they are called inside `shard_map`, on what a device has: "auto" is any number of GPUs.
 
   Raises:
     ValueError: "on" without a GPU that can run them.
@@ -34,4 +35,4 @@ def use_kernels(setting: str) -> bool:
       f"quant.kernels=on needs a GPU of compute capability 9; found {devices[0].device_kind};"
       " use auto or off"
     )
-  return able and (setting == "on" or (setting == "auto" and len(devices) == 1))
+  return able and (setting == "on" or (setting == "auto" and (local or len(devices) == 1)))

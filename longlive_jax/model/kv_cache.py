@@ -13,6 +13,7 @@ from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
 from jax.tree_util import register_dataclass
 
 from longlive_jax.types import Array
@@ -68,13 +69,20 @@ class KVCache:
     cache = self.write(layer, slot, k, v)
     return cache, *cache.read(layer, level)
 
+  def specs(self, axis: str) -> "KVCache":
+    """Where its arrays are split if the heads are split over a mesh axis."""
+    heads: Any = P(None, None, None, None, axis)
+    return KVCache(heads, heads)
+
 
 class Cache(Protocol):
-  """What attention needs of a cache; see `KVCache.exchange`."""
+  """What attention and placement need of a cache; see `KVCache`."""
 
   def exchange(
     self, layer: Array | int, slot: Array, k: Array, v: Array, level: int, keep: bool
   ) -> tuple[Any, Array, Array]: ...
+
+  def specs(self, axis: str) -> Any: ...
 
 
 def empty_cache(

@@ -12,6 +12,7 @@ from typing import Any, Protocol
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
+from jax.sharding import Mesh
 
 from longlive_jax.types import Array
 
@@ -200,6 +201,8 @@ class Ops:
     dense: attention without structure, which `attend` is made of.
     key: of whatever they draw in this step, such as the noise of stochastic rounding; None = they
       draw nothing.
+    mesh: of devices that share each block of a video along "seq": the operations see a part of its
+      latents, inside `parallel.share.island`; None = they see all.
   """
 
   matmul: Matmul = plain_matmul
@@ -208,6 +211,7 @@ class Ops:
   prepare: Prepare = plain_prepare
   dense: Dense = dense_attention
   key: Array | None = None
+  mesh: Mesh | None = None
 
   def with_key(self, key: Array | None) -> "Ops":
     """The same with a key."""

@@ -20,6 +20,7 @@ from jax.sharding import PartitionSpec as P
 
 from longlive_jax.checks import check_divides
 from longlive_jax.config import Experiment
+from longlive_jax.config.rules_train import check_shared_block, check_shared_clip
 from longlive_jax.types import DATA, FSDP, HALF, SAMPLES, SEQ, Array, ArrayLike, PyTree
 
 
@@ -85,10 +86,33 @@ def make_mesh(
 
 
 def mesh_of(experiment: Experiment, devices: Sequence[jax.Device] | None = None) -> Mesh:
-  """The mesh of a training run."""
+  """The mesh of a training run.
+
+  Raises:
+    ValueError: also if `parallel.seq` cannot share a clip.
+  """
+  check_shared_clip(experiment)
   train, parallel = experiment.train, experiment.parallel
   part = train.batch // train.accumulate
   return make_mesh(part, parallel.fsdp, parallel.seq, parallel.layout, devices)
+
+
+def sampling_mesh(experiment: Experiment, devices: Sequence[jax.Device] | None = None) -> Mesh:
+  """The mesh of a sampler: `parallel.seq` devices share each block; nothing else is split.
+
+  Args:
+    experiment: checked experiment.
+    devices: the first of them are used (default: of those of this process).
+
+  Raises:
+    ValueError: `parallel.seq` does not divide heads and a block's latents, or there are too few
+      devices.
+  """
+  check_shared_block(experiment)
+  devices, seq = jax.local_devices() if devices is None else devices, experiment.parallel.seq
+  if seq > len(devices):
+    raise ValueError(f"parallel.seq={seq} needs {seq} devices; there are {len(devices)}")
+  return make_mesh(1, seq=seq, devices=devices[:seq])
 
 
 def local_part(mesh: Mesh, batch: int) -> tuple[range, range]:

@@ -34,6 +34,7 @@ TEXT_RULES: tuple[Rule, ...] = (
 EVERYWHERE: tuple[Rule, ...] = ((r".*", P()),)
 
 RULES = {"dit": DIT_RULES, "text": TEXT_RULES, "vae": EVERYWHERE}  # by network
+WHOLE = dict.fromkeys(RULES, EVERYWHERE)
 
 
 def fit(spec: P, shape: Sequence[int], mesh: Mesh) -> P:

@@ -17,12 +17,13 @@ import functools
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
 from jax.tree_util import register_dataclass
 
 from longlive_jax.kernels.dequantise import dequantise_slots, fits
 from longlive_jax.kernels.quantise import quantise_rows
 from longlive_jax.quant.matmul import kernel_takes
-from longlive_jax.quant.nvfp4 import Spec, dequantise, largest, quantise, unit_of
+from longlive_jax.quant.nvfp4 import Spec, dequantise, largest, over_devices, quantise, unit_of
 from longlive_jax.quant.qtensor import QTensor
 from longlive_jax.quant.rules import find_rule
 from longlive_jax.types import Array
@@ -31,11 +32,14 @@ from longlive_jax.types import Array
 @functools.partial(
   register_dataclass,
   data_fields=["codes", "scales", "amax", "mean"],
-  meta_fields=["rule", "kernels"],
+  meta_fields=["rule", "kernels", "axis"],
 )
 @dataclasses.dataclass(frozen=True)
 class Store:
   """The slots of keys, or of values; R = S_b * N rows.
+
+  Devices that split the heads have the rows of their own heads: the whole array has those of the
+  first device first.
 
   Attributes:
     codes: uint8 `[layers, B, K, R, D / 2]`.
@@ -44,6 +48,7 @@ class Store:
     mean: what was taken off, `[layers, B, K, N, D]` in the compute dtype; None = nothing.
     rule: scale rule.
     kernels: write and read by Pallas kernels, where they can.
+    axis: mesh axis over which heads are split, inside `shard_map`; a block still has one amax.
   """
 
   codes: Array
@@ -52,6 +57,7 @@ class Store:
   mean: Array | None
   rule: str
   kernels: bool = False
+  axis: str = ""
 
   def write(self, layer: Array | int, slot: Array, x: Array) -> "Store":
     """Quantises a block `[B, S_b, N, D]` into slot `[B]` of a layer, in place."""
@@ -67,14 +73,15 @@ class Store:
         store = jax.lax.dynamic_update_slice(store, new[None, sample : sample + 1, None], at)
       return store
 
-    return jax.tree.map(put, self, Store(q.codes, q.scales, q.amax, mean, self.rule, self.kernels))
+    new = dataclasses.replace(self, codes=q.codes, scales=q.scales, amax=q.amax, mean=mean)
+    return jax.tree.map(put, self, new)
 
   def _quantise(self, x: Array) -> QTensor:
     """`[B, R, D]` with an amax a sample."""
-    spec = Spec(self.rule)
+    spec = Spec(self.rule, axis=self.axis)
     if not (self.kernels and kernel_takes(x[0], spec)):
       return quantise(x, dataclasses.replace(spec, lead=1))
-    rule, amax = find_rule(self.rule), largest(x, 1)
+    rule, amax = find_rule(self.rule), over_devices(largest(x, 1), spec)
     parts = [quantise_rows(*each, rule) for each in zip(x, amax, strict=True)]
     codes, scales = (jnp.stack(arrays) for arrays in zip(*parts, strict=True))
     return QTensor(codes, scales, amax, self.rule)
@@ -95,6 +102,12 @@ class Store:
       return dequantise(q, dtype).reshape(*q.shape[:2], -1, heads, q.shape[-1])
     blocks = dequantise(q, jnp.float32).reshape(*q.shape[:2], -1, heads, q.shape[-1])
     return (blocks + take(self.mean).astype(jnp.float32)[:, :, None]).astype(dtype)
+
+  def specs(self, axis: str) -> "Store":
+    """Where its arrays are split if the heads are split over a mesh axis."""
+    by_heads = P(None, None, None, axis)
+    mean = None if self.mean is None else by_heads
+    return dataclasses.replace(self, codes=by_heads, scales=by_heads, amax=P(), mean=mean)
 
   def _fits(self) -> bool:
     return fits(self.codes.shape[-2], 2 * self.codes.shape[-1])
@@ -129,6 +142,10 @@ class QuantisedKVCache:
     )
     return cache, keys, values
 
+  def specs(self, axis: str) -> "QuantisedKVCache":
+    """See `KVCache.specs`."""
+    return dataclasses.replace(self, k=self.k.specs(axis), v=self.v.specs(axis))
+
 
 def without_channel_mean(k: Array) -> Array:
   """Keys less their mean over channels, both rounded to their dtype, as in the original."""
@@ -150,6 +167,7 @@ def empty_quantised_cache(
   rule: str,
   smoothing: str = "none",
   kernels: bool = False,
+  axis: str = "",
 ) -> QuantisedKVCache:
   """A cache that holds zeros.
 
@@ -158,7 +176,7 @@ def empty_quantised_cache(
     dtype: of keys and values as attention sees them.
     rule: scale rule.
     smoothing: see above.
-    kernels: see `Store`.
+    kernels, axis: see `Store`.
   """
   layers, batch, slots, tokens, heads, dim = shape
 
@@ -171,6 +189,7 @@ def empty_quantised_cache(
       mean=jnp.zeros((*rows[:3], heads, dim), dtype) if with_mean else None,
       rule=rule,
       kernels=kernels,
+      axis=axis,
     )
 
   return QuantisedKVCache(store(smoothing == "tokens"), store(False), smoothing)

@@ -16,6 +16,7 @@ Source: spec/nvfp4.md sections 5 and 6.
 
 import dataclasses
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -27,7 +28,7 @@ from jax.tree_util import register_dataclass
 from longlive_jax.kernels.quantise import fake_quantise_rows, quantise_rows
 from longlive_jax.model.ops import INPUT, PACKED, PRODUCT
 from longlive_jax.quant.formats import BLOCK
-from longlive_jax.quant.nvfp4 import Spec, largest, quantise, scale_free, unit_of
+from longlive_jax.quant.nvfp4 import Spec, largest, over_devices, quantise, scale_free, unit_of
 from longlive_jax.quant.operands import (
   Operand,
   from_packed,
@@ -84,6 +85,7 @@ def nvfp4_recipe(
   stochastic: bool = True,
   exact: bool = False,
   kernels: bool = False,
+  axis: str = "",
 ) -> Recipe:
   """The recipe of the original.
 
@@ -95,14 +97,15 @@ def nvfp4_recipe(
     stochastic: round gradients stochastically.
     exact: quantise weights to the bit.
     kernels: see `Recipe`.
+    axis: inside `shard_map`, the mesh axis over which inputs are split; has no gradients.
   """
 
-  def spec(rule: str, **more: bool) -> Spec | None:
+  def spec(rule: str, **more: Any) -> Spec | None:
     return Spec(rule, **more) if rule else None
 
   turn = bool(activations and gradients)
   return Recipe(
-    x=spec(activations),
+    x=spec(activations, axis=axis),
     w=spec(weights, two_d=square_weights, exact=exact),
     g=spec(gradients, stochastic=stochastic),
     x_wgrad=spec(activations, hadamard=turn),
@@ -113,7 +116,7 @@ def nvfp4_recipe(
 
 def kernel_takes(x: Array, spec: Spec) -> bool:
   """Whether the kernels that quantise can do so: bfloat16, blocks along the last axis."""
-  plain = Spec(spec.rule) == spec
+  plain = Spec(spec.rule, axis=spec.axis) == spec
   return plain and x.dtype == jnp.bfloat16 and x.shape[-1] % BLOCK == 0 and x.size < 2**31
 
 
@@ -121,7 +124,7 @@ def input_operand(x: Array, recipe: Recipe) -> Operand:
   """x as the left operand of fprop."""
   if recipe.x is None or not (recipe.kernels and kernel_takes(x, recipe.x)):
     return operand(x, recipe.x)
-  rule, amax = find_rule(recipe.x.rule), largest(x)
+  rule, amax = find_rule(recipe.x.rule), over_devices(largest(x), recipe.x)
   values = fake_quantise_rows(x.reshape(-1, x.shape[-1]), amax, rule)
   return Operand(values.reshape(x.shape), amax * np.float32(1 / rule.c))
 
@@ -131,7 +134,7 @@ def packed_input(x: Array, recipe: Recipe) -> QTensor:
   spec = recipe.x or Spec()
   if not (recipe.kernels and kernel_takes(x, spec)):
     return pack(x, spec)
-  amax = largest(x)
+  amax = over_devices(largest(x), spec)
   codes, scales = quantise_rows(x.reshape(-1, x.shape[-1]), amax, find_rule(spec.rule))
   lead = x.shape[:-1]
   return QTensor(codes.reshape(*lead, -1), scales.reshape(*lead, -1), amax, spec.rule)

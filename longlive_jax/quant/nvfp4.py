@@ -39,6 +39,7 @@ class Spec:
     stochastic: round stochastically; needs a key.
     exact: to the bit, see above.
     lead: how many leading axes have an amax for each index, such as 1 for stacked layers.
+    axis: inside `shard_map`, the mesh axis whose devices hold parts of x: amax is that of all.
 
   Raises:
     ValueError: an unknown rule, or lead < 0.
@@ -51,6 +52,7 @@ class Spec:
   stochastic: bool = False
   exact: bool = False
   lead: int = 0
+  axis: str = ""
 
   def __post_init__(self) -> None:
     find_rule(self.rule)
@@ -91,6 +93,11 @@ def largest(x: Array, lead: int = 0) -> Array:
   return jnp.max(magnitudes, axis=tuple(range(lead, x.ndim)), initial=0.0)
 
 
+def over_devices(amax: Array, spec: Spec) -> Array:
+  """The largest amax of the devices along `spec.axis`."""
+  return jax.lax.pmax(amax, spec.axis) if spec.axis else amax
+
+
 def by_lead(amax: Array, ndim: int) -> Array:
   """An array over leading axes with ones appended to its shape, up to `ndim` axes."""
   return amax.reshape(*amax.shape, *(1,) * (ndim - amax.ndim))
@@ -107,7 +114,7 @@ def quantise_blocks(
   """`quantise` without packing."""
   x = prepared(x, spec)
   if amax is None:
-    amax = largest(x, spec.lead)
+    amax = over_devices(largest(x, spec.lead), spec)
   amax = jnp.asarray(amax, jnp.float32)
   if amax.ndim > x.ndim - 2 or amax.shape != x.shape[: amax.ndim]:
     raise ValueError(
@@ -151,7 +158,8 @@ def quantise(
   Raises:
     ValueError: x has fewer than two axes or is not floating, amax does not fit, no key.
 
-  Sharding: under `jit` the result does not depend on the mesh; inside `shard_map` give amax.
+  Sharding: under `jit` the result does not depend on the mesh; inside `shard_map` give amax or
+    `spec.axis`.
   Numerics: NaN gives scales of NaN. A tensor with amax < 2^-126 becomes zero.
   """
   blocks = quantise_blocks(x, spec, amax=amax, key=key, semantics=semantics)

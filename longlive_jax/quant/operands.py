@@ -18,7 +18,15 @@ import numpy as np
 
 from longlive_jax.model.ops import contract
 from longlive_jax.quant.formats import BLOCK
-from longlive_jax.quant.nvfp4 import Spec, dequantise, largest, quantise, scale_free, unit_of
+from longlive_jax.quant.nvfp4 import (
+  Spec,
+  dequantise,
+  largest,
+  over_devices,
+  quantise,
+  scale_free,
+  unit_of,
+)
 from longlive_jax.quant.nvfp4 import prepared as turned
 from longlive_jax.quant.qtensor import QTensor
 from longlive_jax.quant.rules import find_rule
@@ -96,7 +104,7 @@ def operand(
   def largest_of(number: Array, so_far: Array) -> Array:
     return jnp.maximum(so_far, largest(turned(columns(x, number * width, width), spec)))
 
-  amax = jax.lax.fori_loop(0, pieces, largest_of, jnp.zeros(()))
+  amax = over_devices(jax.lax.fori_loop(0, pieces, largest_of, jnp.zeros(())), spec)
 
   def make(number: Array) -> Array:
     own = None if key is None else jax.random.fold_in(key, number)
@@ -111,7 +119,7 @@ def pack(x: Array, spec: Spec) -> QTensor:
   pieces = pieces_of(x.shape)
   if pieces == 1:
     return quantise(x, spec)
-  width, amax = x.shape[-1] // pieces, largest(x)
+  width, amax = x.shape[-1] // pieces, over_devices(largest(x), spec)
 
   def part(number: Array) -> QTensor:
     return quantise(columns(x, number * width, width), spec, amax=amax)

@@ -30,20 +30,21 @@ from longlive_jax.quant.matmul import (
 )
 from longlive_jax.quant.nvfp4 import Spec
 from longlive_jax.quant.qtensor import QTensor
-from longlive_jax.types import Array, PyTree
+from longlive_jax.types import SEQ, Array, PyTree
 
 KERNEL = "kernel"
 
 
-def recipe_of(quant: Quant) -> Recipe:
-  """The recipe that a configuration describes."""
+def recipe_of(quant: Quant, axis: str = "") -> Recipe:
+  """The recipe that a configuration describes; `axis` as in `nvfp4_recipe`."""
   return nvfp4_recipe(
     quant.weights,
     quant.activations,
     quant.gradients,
     square_weights=quant.weight_blocks == "16x16",
     stochastic=quant.gradient_rounding == "stochastic",
-    kernels=use_kernels(quant.kernels),
+    kernels=use_kernels(quant.kernels, local=bool(axis)),
+    axis=axis,
   )
 
 
@@ -92,7 +93,7 @@ def quantised_ops(ops: Ops, quant: Quant, params: PyTree) -> Ops:
   chosen = selected(linear_paths(params), quant.layers)
   if quant.linears == "fp8":
     return dataclasses.replace(ops, matmul=matmul_of(fp8_product, chosen, ops.matmul))
-  recipe = recipe_of(quant)
+  recipe = recipe_of(quant, SEQ if ops.mesh else "")
 
   def shared(x: Array, paths: tuple[str, ...]) -> Array | Prepared:
     if chosen.isdisjoint(paths):

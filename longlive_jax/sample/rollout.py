@@ -17,17 +17,19 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import PartitionSpec as P
 
 from longlive_jax.config import Experiment
 from longlive_jax.kernels.matmul_choice import use_kernels
 from longlive_jax.model.dit import TextKV, is_unrolled
 from longlive_jax.model.kv_cache import Cache, SlotState, admit, empty_cache, keep_sink
 from longlive_jax.parallel.rules import at, home_of
+from longlive_jax.parallel.share import LATENTS, island, place_caches
 from longlive_jax.quant.kv import empty_quantised_cache
 from longlive_jax.sample.block import Caches, Denoiser, Texts
 from longlive_jax.sample.latents import block_shape
 from longlive_jax.sample.schedule import SampleState, Schedule, States
-from longlive_jax.types import Array, ArrayLike, PyTree
+from longlive_jax.types import SEQ, Array, ArrayLike, PyTree
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,6 +67,9 @@ class Engine:
     params: parameters or their shapes; everything runs where they are placed.
     batch: B.
 
+  Sharding: latents and text are whole on all devices. If those of `denoiser.ops.mesh` share each
+    block, heads of the caches are split over its axis "seq", else caches are whole too.
+
   Attributes:
     latents: shape and placement of the blocks that come out.
   """
@@ -77,11 +82,14 @@ class Engine:
     self._compile(_shapes(params))
 
   def _compile(self, params: PyTree) -> None:
-    home = home_of(params)
+    home, mesh, specs = home_of(params), self.denoiser.ops.mesh, P()
     caches = at(home, jax.eval_shape(self._empty))
+    if mesh is not None:
+      caches, specs = place_caches(caches, mesh)
+    places = jax.tree.map(lambda a: a.sharding, caches)
     latents = jax.ShapeDtypeStruct(self.block_shape, jnp.float32, sharding=home)
     mask = jax.ShapeDtypeStruct(self.block_shape[:2], jnp.bool_, sharding=home)
-    text, jit = self.experiment.model.text, functools.partial(jax.jit, out_shardings=home)
+    text = self.experiment.model.text
     prompts = jax.ShapeDtypeStruct(
       (self.batch, text.length, text.width), jnp.float32, sharding=home
     )
@@ -89,10 +97,14 @@ class Engine:
     def text_kv(params: PyTree, prompts: Array) -> TextKV:
       return self.denoiser.network.bind(params).text_kv(prompts, self.denoiser.ops)
 
-    self.text_kv = jit(text_kv).lower(params, prompts).compile()
+    text_kv = island(text_kv, mesh, (P(), P()), P())
+    self.text_kv = jax.jit(text_kv, out_shardings=home).lower(params, prompts).compile()
     texts = (at(home, jax.eval_shape(text_kv, params, prompts)),) * self.branches
-    denoise = jit(self.denoiser.denoise, donate_argnums=(3,))
-    commit = jit(self.denoiser.commit, donate_argnums=(3,))
+    ins = (P(), LATENTS, P(), specs, P(), LATENTS, LATENTS)
+    denoise = island(self.denoiser.denoise, mesh, ins, (LATENTS, specs))
+    denoise = jax.jit(denoise, donate_argnums=3, out_shardings=(home, places))
+    jit = functools.partial(jax.jit, out_shardings=places)  # what returns caches
+    commit = jit(island(self.denoiser.commit, mesh, ins[:5], specs), donate_argnums=3)
     self.denoise, self.commit = {}, {}
     for level in range(1, self.schedule.window.slots + 1):
       filled = SlotState(tuple(range(level)), (0.0,) * level)
@@ -105,7 +117,7 @@ class Engine:
     self.latents = latents
     rows = jax.ShapeDtypeStruct((self.batch,), jnp.bool_, sharding=home)
     self.copy = jit(functools.partial(jax.tree.map, jnp.copy)).lower(caches).compile()
-    self.select = jit(_select, donate_argnums=(1,)).lower(rows, caches, caches).compile()
+    self.select = jit(_select, donate_argnums=1).lower(rows, caches, caches).compile()
 
   def _empty(self) -> Caches:
     model = self.experiment.model
@@ -122,9 +134,10 @@ class Engine:
     shape = (layers, self.batch, slots, tokens, model.heads, model.head_dim)
     if quant.cache == "none":
       return empty_cache(*shape, model.dtype)
-    kernels = use_kernels(quant.kernels)
+    axis = SEQ if self.denoiser.ops.mesh else ""
+    kernels = use_kernels(quant.kernels, local=bool(axis))
     return empty_quantised_cache(
-      shape, model.dtype, quant.cache_rule, quant.cache_smoothing, kernels
+      shape, model.dtype, quant.cache_rule, quant.cache_smoothing, kernels, axis
     )
 
   def start(self) -> RolloutState:

@@ -95,7 +95,7 @@ class Sampler:
       plan = solvers.plan(sample.solver, sample.steps, self.experiment.model.shift)
       denoiser = Denoiser(models.dit, self.experiment.model, plan, sample.guidance, models.ops)
       engine = Engine(denoiser, self.experiment, models.params["dit"], batch)
-      decoder = Decoder(models.vae, models.params["vae"], engine.block_shape)
+      decoder = Decoder(models.vae, models.params["vae"], engine.block_shape, sample.decode_latents)
       seeds = jax.ShapeDtypeStruct((batch,), jnp.uint32)
       number = jax.ShapeDtypeStruct((), jnp.int32)
       draw = jax.jit(lambda s, i, b: block_noise(s, i, b, engine.block_shape[1:]))

@@ -106,6 +106,7 @@ WRONG = {
   "sample__guidance": (-1.0, "sample.guidance=-1.0 must be at least 0"),
   "sample__window_latents": (20, "window_latents=20 must be .*block_latents=8; use 16 or 24"),
   "sample__sink_latents": (4, "sample.sink_latents=4 must be .* model.block_latents=8"),
+  "sample__decode_latents": (3, "=3 must divide model.block_latents=8; use 0 .* 1, 2, 4, 8"),
   "sample__seed": (-1, "sample.seed=-1 must be at least 0"),
   "sample__t_scale": (0.0, "sample.t_scale=0.0 must be more than 0"),
   "sample__pin_shots": (1, "sample.pin_shots=1 must be of type bool, not int"),

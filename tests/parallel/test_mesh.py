@@ -9,7 +9,8 @@ import pytest
 
 from longlive_jax.build import build_models
 from longlive_jax.config.load import load_config
-from longlive_jax.parallel.mesh import make_mesh, replicate, split_batch
+from longlive_jax.eval.plan_trace import abstract_mesh
+from longlive_jax.parallel.mesh import make_mesh, mesh_of, replicate, sampling_mesh, split_batch
 from longlive_jax.train import clips
 from longlive_jax.train.feed import draw_shapes
 from longlive_jax.train.state import init_state, make_optimizer
@@ -22,6 +23,16 @@ COLLECTIVES = "all-reduce|all-gather|all-to-all|collective-permute|reduce-scatte
 @pytest.mark.parametrize(("batch", "devices"), [(8, 8), (12, 4), (3, 1), (40, 8)])
 def test_as_many_devices_as_divide_the_batch(batch, devices):
   assert make_mesh(batch).size == devices
+
+
+def test_what_shares_a_block_in_sampling_may_not_share_a_clip_in_training(root):
+  settings = {**OVERRIDES, "io.checkpoint": "", "parallel.seq": 2, "data.blocks": 3}
+  experiment = load_config(root / "configs/tiny.py", settings)
+  assert sampling_mesh(experiment).size == 2
+  wrong = r"parallel\.seq=2 must divide model\.heads=2 and data\.blocks=3; use one of 1 \("
+  for make in (mesh_of, lambda experiment: abstract_mesh(experiment, 2)):
+    with pytest.raises(ValueError, match=wrong):
+      make(experiment)
 
 
 def test_a_batch_is_split_and_the_rest_is_on_every_device():

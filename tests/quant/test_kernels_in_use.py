@@ -6,10 +6,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import PartitionSpec
 
 from longlive_jax.config import Quant
 from longlive_jax.kernels import matmul_choice
 from longlive_jax.kernels.matmul_choice import use_kernels
+from longlive_jax.parallel.mesh import make_mesh
+from longlive_jax.parallel.share import LATENTS, island
 from longlive_jax.quant.kv import QuantisedKVCache, empty_quantised_cache
 from longlive_jax.quant.matmul import (
   input_operand,
@@ -21,7 +24,7 @@ from longlive_jax.quant.matmul import (
 )
 from longlive_jax.quant.nvfp4 import Spec
 from longlive_jax.quant.policy import recipe_of
-from longlive_jax.types import Array
+from longlive_jax.types import SEQ, Array
 from tests.kernels.mosaic import interpreted
 
 RECIPE = nvfp4_recipe("static_6", "mse", "", kernels=True)
@@ -114,3 +117,27 @@ def test_a_hopper_gpu_uses_them(monkeypatch, setting, count, used):
   monkeypatch.setattr(matmul_choice, "kernel_for", lambda device: matmul_choice.HOPPER)
   monkeypatch.setattr(jax, "devices", lambda: [object()] * count)
   assert use_kernels(setting) is used
+  assert use_kernels(setting, local=True) is (setting != "off")
+
+
+def test_devices_that_share_a_block_call_them_on_what_they_have():
+  """Lowered only."""
+  mesh = make_mesh(1, seq=2, devices=jax.devices()[:2])
+  recipe = dataclasses.replace(RECIPE, x=Spec("mse", axis=SEQ))
+  cache = empty_quantised_cache((2, 1, 2, 32, 4, 64), "bfloat16", "mse", "none", True, SEQ)
+  heads, specs = PartitionSpec(None, None, SEQ), cache.specs(SEQ)
+
+  def layer(x: Array, w: Array) -> tuple[Array, Array]:
+    shared = prepare(recipe, x)
+    return tuple(quantised_matmul(recipe, each, w, None, None) for each in (x, shared))
+
+  def keep(cache: QuantisedKVCache, k: Array) -> tuple[QuantisedKVCache, Array, Array]:
+    return cache.exchange(0, jnp.zeros(1, jnp.int32), k, k, 2, True)
+
+  for function, inputs, outputs, shapes in (
+    (layer, (LATENTS, PartitionSpec()), LATENTS, [(1, 64, 64), (64, 32)]),
+    (keep, (specs, heads), (specs, heads, heads), [cache, (1, 32, 4, 64)]),
+  ):
+    given = [draw(*s) if isinstance(s, tuple) else s for s in shapes]
+    run = jax.jit(island(function, mesh, inputs, outputs))
+    assert "mosaic_gpu" in run.trace(*given).lower(lowering_platforms=("cuda",)).as_text()
