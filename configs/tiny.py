@@ -1,12 +1,13 @@
 """The embedded default: the shapes world at 96x160, faster than 24 frames a second on two cores.
 
 Variants, joined by commas: "" (text to video), "i2v" (the first latent is given), "vae" (train the
-autoencoder), "ar" (train the transformer, in bfloat16).
+autoencoder), "ar" (train the transformer, in bfloat16), "dmd" (distil it into four steps).
 """
 
 from longlive_jax.checks import check_choice
 from longlive_jax.config.schema import (
   Data,
+  Distill,
   Experiment,
   Io,
   Model,
@@ -57,8 +58,8 @@ def get_config(variant: str = "") -> Experiment:
     io=Io(checkpoint="tiny", compile_cache=".jax_cache"),
   )
   for name in filter(None, variant.split(",")):
-    check_choice("variant of configs/tiny.py", name, ("ar", "i2v", "vae"))
-    {"ar": train_ar, "i2v": first_latent, "vae": train_vae}[name](config)
+    check_choice("variant of configs/tiny.py", name, tuple(VARIANTS))
+    VARIANTS[name](config)
   return config
 
 
@@ -112,3 +113,23 @@ def train_ar(config: Experiment) -> None:
     remat="dots",
     recycling=Recycling(enabled=True),
   )
+
+
+def distil(config: Experiment) -> None:
+  """Stage "dmd", from the transformer of `io.checkpoint`."""
+  config.model.dtype = "bfloat16"
+  config.sample.steps = 4
+  config.data.clips, config.data.max_shots, config.data.change_share = 4096, 4, 0.3
+  config.train = Train(
+    stage="dmd",
+    steps=3000,
+    batch=32,
+    lr=2e-4,
+    final_lr_fraction=0.1,
+    warmup_steps=50,
+    ema=0.98,
+  )
+  config.distill = Distill(rank=32, alpha=32.0, critic_lr=2e-4)
+
+
+VARIANTS = {"ar": train_ar, "dmd": distil, "i2v": first_latent, "vae": train_vae}

@@ -13,6 +13,7 @@ Several processes of one run share the workdir; see launch/processes.py and laun
 
 import json
 from pathlib import Path
+from typing import Any
 
 from absl import flags
 
@@ -27,7 +28,9 @@ from longlive_jax.io.processes import is_first, of_all, of_first, wait_for_all
 from longlive_jax.parallel.mesh import mesh_of
 from longlive_jax.train.loop import steps_done
 from longlive_jax.train.stage_ar import train_ar
+from longlive_jax.train.stage_dmd import train_dmd
 from longlive_jax.train.stage_vae import train_vae
+from longlive_jax.types import PyTree
 
 CONFIG = define_config_flag()
 PROCESSES = define_process_flags()
@@ -50,12 +53,20 @@ def train(experiment: Experiment, workdir: Path) -> int:
     return steps
   models = build_models(experiment, mesh_of(experiment))
   save_config(experiment, workdir)
-  params = dict(models.params)
+  params: dict[str, PyTree] = dict(models.params)
+  about: dict[str, Any] = {"stage": stage, "steps": steps}
   if stage == "vae":
     params["vae"] = train_vae(experiment, models.vae, params["vae"], workdir)
-  else:
+  elif stage == "ar":
     params["dit"] = train_ar(experiment, models, workdir)
-  save_params(result, params, json.loads(to_json(experiment)), {"stage": stage, "steps": steps})
+  else:
+    distill = experiment.distill
+    lora = {"name": experiment.name, "rank": distill.rank, "alpha": distill.alpha}
+    params["dit"], adapters = train_dmd(experiment, models, workdir)
+    config = json.loads(to_json(experiment))
+    save_params(workdir / "adapters", {"lora": adapters}, config, {**about, "lora": lora})
+    about["adapters"] = [lora]
+  save_params(result, params, json.loads(to_json(experiment)), about)
   return steps
 
 

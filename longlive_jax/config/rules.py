@@ -31,6 +31,7 @@ LIMIT = 1e30  # of any number: its products with others stay in float32
 # A whole number must be at least 1 and any other number at least 0, unless listed here.
 MAY_BE_ZERO = (
   "data.max_shot_blocks",
+  "distill.trained_blocks",
   "io.evaluate_every_steps",
   "parallel.halo_latents",
   "sample.decode_latents",
@@ -39,7 +40,15 @@ MAY_BE_ZERO = (
   "train.recycling.start_step",
   "train.warmup_steps",
 )
-MORE_THAN_ZERO = ("model.shift", "model.eps", "model.rope_theta", "sample.t_scale", "train.lr")
+MORE_THAN_ZERO = (
+  "distill.alpha",
+  "distill.critic_lr",
+  "model.shift",
+  "model.eps",
+  "model.rope_theta",
+  "sample.t_scale",
+  "train.lr",
+)
 BELOW_ONE = ("train.beta1", "train.beta2", "train.ema")
 SHARES = ("_share", "_fraction")  # endings of names of numbers in [0, 1]
 

@@ -1,11 +1,12 @@
 """Checks of the settings of a training run: the loop, its data and its mesh."""
 
 import math
+import re
 
 from longlive_jax.checks import check_choice, check_divides
 from longlive_jax.config.schema import Data, Experiment
 
-STAGES = ("vae", "ar")
+STAGES = ("vae", "ar", "dmd")
 WEIGHTINGS = ("bell", "uniform")
 REMATS = ("none", "dots", "inputs", "attention", "full")
 REPLACEMENTS = ("random", "oldest")
@@ -24,8 +25,47 @@ def check_training(experiment: Experiment) -> None:
   check_divides("train.batch", train.batch, "train.accumulate", train.accumulate)
   if train.context_noise > 1000:
     raise ValueError(f"train.context_noise={train.context_noise} must be at most 1000 (a timestep)")
-  if train.stage == "vae" and train.accumulate > 1:
+  if train.stage != "ar" and train.accumulate > 1:
     raise ValueError("train.accumulate is for train.stage=ar; use train.accumulate=1")
+  if train.stage == "dmd":
+    check_distillation(experiment)
+
+
+def check_distillation(experiment: Experiment) -> None:
+  """What stage "dmd" asks of the other settings."""
+  train, distill = experiment.train, experiment.distill
+  for name, value in (
+    ("first_latent_share", train.first_latent_share),
+    ("context_noise", train.context_noise),
+    ("prompt_dropout_share", train.prompt_dropout_share),
+  ):
+    if value:
+      raise ValueError(f"train.{name}={value} is for train.stage=ar; use 0")
+  if train.recycling.enabled:
+    raise ValueError("train.recycling.enabled is for train.stage=ar; use False")
+  if experiment.sample.guidance != 1.0:
+    raise ValueError(
+      f"sample.guidance={experiment.sample.guidance} is of a student, which has none: use 1;"
+      " the teacher's is distill.guidance"
+    )
+  if experiment.data.source != "shapes":
+    raise ValueError(f"train.stage=dmd takes data.source=shapes, not {experiment.data.source}")
+  if experiment.quant.cache != "none":
+    raise ValueError("train.stage=dmd keeps its keys and values as they are: use quant.cache=none")
+  if not distill.layers:
+    raise ValueError("distill.layers=() adapts nothing")
+  if distill.trained_blocks > experiment.data.blocks:
+    raise ValueError(
+      f"distill.trained_blocks={distill.trained_blocks} must be at most data.blocks="
+      f"{experiment.data.blocks}"
+    )
+  for pattern in distill.layers:
+    try:
+      re.compile(pattern)
+    except re.error as error:
+      raise ValueError(
+        f"distill.layers has {pattern!r}, which is no regular expression: {error}"
+      ) from error
 
 
 def check_data(experiment: Experiment) -> None:
@@ -81,8 +121,9 @@ def check_parallel(experiment: Experiment) -> None:
     check_shared_clip(experiment)
   part = train.batch // train.accumulate
   check_divides("train.batch / train.accumulate", part, "parallel.fsdp", parallel.fsdp)
-  if train.stage == "vae" and seq > 1:
-    raise ValueError(f"parallel.seq={seq} splits the clips of train.stage=ar; use parallel.seq=1")
+  if train.stage != "ar" and (seq > 1 or parallel.fsdp > 1):
+    name, value = ("seq", seq) if seq > 1 else ("fsdp", parallel.fsdp)
+    raise ValueError(f"parallel.{name}={value} is for train.stage=ar; use parallel.{name}=1")
 
 
 def check_shared_clip(experiment: Experiment) -> None:

@@ -191,7 +191,7 @@ class Recycling(Section):
 
 @dataclasses.dataclass(unsafe_hash=True)
 class Train(Section):
-  """The training loop: stage "vae" trains the VAE, stage "ar" the transformer."""
+  """The training loop: "vae" trains the VAE, "ar" the transformer, "dmd" its few-step student."""
 
   stage: str = "ar"
   steps: int = 1000
@@ -215,6 +215,24 @@ class Train(Section):
   motion_weight: float = 0.0  # stage "vae": how much more moving pixels count
   seed: int = 0
   recycling: Recycling = dataclasses.field(default_factory=Recycling)
+
+
+@dataclasses.dataclass(unsafe_hash=True)
+class Distill(Section):
+  """Stage "dmd": a student of `sample.steps` steps, matched to the model that it starts from."""
+
+  rank: int = 128  # of the adapters of student and critic
+  alpha: float = 128.0
+  layers: tuple[str, ...] = ("layers/.*",)  # regular expressions of the paths that are adapted
+  student_every: int = 5  # steps from one update of the student to the next; the critic's is each
+  critic_lr: float = 2e-6
+  guidance: float = 3.0  # w of the teacher, c + w (c - u)
+  critic_guidance: float = 0.0
+  trained_blocks: int = 0  # blocks at the end of a rollout that carry a gradient; 0 = all
+  last_step_only: bool = False  # rollouts end at the last step; else at one that is drawn
+  clean_history: bool = False  # teacher and critic see the student's clip as clean history
+  attached_cache: bool = False  # gradients reach the keys of earlier blocks, as in the original
+  original_levels: bool = False  # the original's levels of the clean pass and of the last one
 
 
 @dataclasses.dataclass(unsafe_hash=True)
@@ -253,6 +271,7 @@ class Experiment(Section):
   sample: Sample = dataclasses.field(default_factory=Sample)
   data: Data = dataclasses.field(default_factory=Data)
   train: Train = dataclasses.field(default_factory=Train)
+  distill: Distill = dataclasses.field(default_factory=Distill)
   parallel: Parallel = dataclasses.field(default_factory=Parallel)
   io: Io = dataclasses.field(default_factory=Io)
 
