@@ -109,7 +109,7 @@ def test_a_batch_may_be_split_over_devices(root, whole, tmp_path):
     ({"distill.rank": 0}, "distill.rank=0 must be at least 1"),
     ({"distill.layers": ("(",)}, "no regular expression"),
     ({"parallel.seq": 2}, "parallel.seq=2 is for train.stage=ar"),
-    ({"quant.cache": "nvfp4"}, "quant.cache=none"),
+    ({"quant.cache": "nvfp4", "model.width": 32}, "quant.cache=none"),
   ],
 )
 def test_settings_that_do_not_fit_are_refused(root, settings, message):
