@@ -367,7 +367,7 @@ def test_a_run_never_begins_in_a_folder_of_weights(program: Program, checkpoint,
 TRAIN = {
   "--workdir=": "--workdir is needed",
   "--workdir=LICENSE/run": "is not a folder",
-  "--config.train.stage=gan": "train.stage='dmd' must be one of ar, vae",
+  "--config.train.stage=gan": "train.stage='gan' must be one of ar, dmd, vae",
   "--config.train.batch=0": "train.batch=0 must be at least 1",
   "--config.train.motion_weight=1e300": "train.motion_weight=1e+300 must be a finite number",
   "--config.train.lr=-1.0": "train.lr=-1.0 must be",
