@@ -26,6 +26,7 @@ from longlive_jax.model import solvers
 from longlive_jax.model.attention import BlockCausal, TeacherForcing, block_borders
 from longlive_jax.model.flow import TIMESTEPS, training_table
 from longlive_jax.model.lora import adapted, adapted_ops, adapter_shapes, init_adapters
+from longlive_jax.model.ops import Ops
 from longlive_jax.model.rope import video_rope
 from longlive_jax.sample.block import Denoiser
 from longlive_jax.sample.sampler import Models
@@ -118,14 +119,14 @@ class Distillation:
   ) -> Array:
     """A clip `[B, F, H, W, C]` of the student, its last `trained` blocks with gradient."""
     e, cfg = self.experiment, self.experiment.distill
-    noises, exit_key, context = jax.random.split(key, 3)
+    noises, exit_key, context, rounding = jax.random.split(key, 4)
     steps = e.sample.steps
     last = jnp.full((), steps - 1, jnp.int32)
     exit_step = last if cfg.last_step_only else jax.random.randint(exit_key, (), 0, steps)
     size = (e.latent_height, e.latent_width, e.model.vae.latent_channels)
     shape = (prompts.blocks.shape[0], len(passes) * e.model.block_latents, *size)
     fresh = jax.random.normal(context, shape) if cfg.original_levels else None
-    ops = adapted_ops(self.models.ops)
+    ops = self.ops(rounding)
     solver = solvers.plan(e.sample.solver, steps, e.model.shift)
     student = SelfForcing(
       Denoiser(self.models.dit, e.model, solver, ops=ops),
@@ -141,8 +142,12 @@ class Distillation:
       params, noise, texts, passes, exits, trained=trained, context_noise=fresh
     )
 
-  def score(self) -> dmd.Score:
-    """How teacher and critic look at whole clips."""
+  def ops(self, key: Array) -> Ops:
+    """How all three networks multiply; gradients in NVFP4 are rounded by the key."""
+    return adapted_ops(self.models.ops).with_key(key)
+
+  def score(self, key: Array) -> dmd.Score:
+    """How teacher and critic look at whole clips; the key as in `ops`."""
     e = self.experiment
     latents, patch = e.data.blocks * e.model.block_latents, e.model.patch
     rows, columns = e.latent_height // patch, e.latent_width // patch
@@ -150,8 +155,7 @@ class Distillation:
     rope = video_rope(positions, rows, columns, e.model.head_dim, e.model.rope_theta)
     borders = block_borders(latents, e.model.block_latents, rows * columns)
     plan: Any = (TeacherForcing if e.distill.clean_history else BlockCausal)(rope, borders)
-    ops = adapted_ops(self.models.ops)
-    return dmd.Score(self.models.dit, plan, e.data.blocks, ops, e.train.remat)
+    return dmd.Score(self.models.dit, plan, e.data.blocks, self.ops(key), e.train.remat)
 
   def noised(self, clip: Array, key: Array) -> dmd.Noised:
     """A clip at a level drawn for each sample."""
@@ -172,10 +176,10 @@ class Distillation:
   ) -> tuple[Array, Array]:
     """Loss of the student, and the mean size of its direction."""
     cfg = self.experiment.distill
-    rolls, levels = jax.random.split(key)
+    rolls, levels, rounding = jax.random.split(key, 3)
     trained = cfg.trained_blocks or len(passes)
     clip = self.clip(self.with_adapters(base, adapters), prompts, passes, rolls, trained)
-    noised, score = self.noised(clip, levels), self.score()
+    noised, score = self.noised(clip, levels), self.score(rounding)
     flat = prompts.blocks.reshape(-1, *prompts.blocks.shape[2:])
     g = dmd.matching_direction(
       score,
@@ -201,11 +205,12 @@ class Distillation:
     key: Array,
   ) -> Array:
     """Loss of the critic on a clip of the student."""
-    rolls, levels = jax.random.split(key)
+    rolls, levels, rounding = jax.random.split(key, 3)
     params = stopped(self.with_adapters(base, student))
     clip = self.noised(stopped(self.clip(params, prompts, passes, rolls, 0)), levels)
     flat = prompts.blocks.reshape(-1, *prompts.blocks.shape[2:])
-    return dmd.critic_loss(self.score(), self.with_adapters(base, adapters), clip, flat)
+    score = self.score(rounding)
+    return dmd.critic_loss(score, self.with_adapters(base, adapters), clip, flat)
 
   def update(
     self,
