@@ -7,7 +7,9 @@ Parts: vae (pixels to latents), text (prompts), forward, gradients (forward and 
 (all of it). Variants: "balanced" (Balanced Sequence Parallelism), "whole clips" (the same, but each
 device encodes the whole clip) and "plain" (half of the devices have contexts, half targets; whole
 clips). With --ranks=2,4,8 it times, on one device, what each of so many would have to do of vae and
-gradients. Writes one JSON record a line and prints a table. Weights are random; no data is read.
+gradients. Writes one JSON record a line and prints a table. Weights are random.
+
+--parts=data instead reads files of `data.path` as a run does, and needs neither weights nor a GPU.
 """
 
 import json
@@ -21,8 +23,7 @@ from longlive_jax.config.load import define_config_flag, from_flags, run_main
 from longlive_jax.eval.bench import Record
 from longlive_jax.io.atomic import check_writable, replacing
 from longlive_jax.parallel.mesh import mesh_of
-from longlive_jax.sample.sampler import Models
-from longlive_jax.train import bench_rank, bench_step
+from longlive_jax.train import bench_data, bench_rank, bench_step
 
 CONFIG = define_config_flag()
 OUT = flags.DEFINE_string("out", "outputs/bench_train.jsonl", "file to write")
@@ -49,9 +50,18 @@ def line(record: Record) -> str:
   )
 
 
-def records_of(experiment: Experiment, models: Models) -> Iterator[Record]:
-  """What the flags ask for."""
+def records_of(experiment: Experiment) -> Iterator[Record]:
+  """What the flags ask for.
+
+  Raises:
+    ValueError: `--parts` has "data" beside others.
+  """
   parts, variants = tuple(PARTS.value), tuple(VARIANTS.value)
+  if bench_data.PART in parts:
+    if len(parts) > 1:
+      raise ValueError(f"--parts={','.join(parts)}: data is of the host; time it alone")
+    return bench_data.measure(experiment, REPEATS.value)
+  models = build_models(experiment, mesh_of(experiment))
   if RANKS.value:
     cases = tuple((int(ranks), name) for ranks in RANKS.value for name in variants)
     return bench_rank.measure(experiment, models, cases, parts, REPEATS.value)
@@ -62,19 +72,19 @@ def main(argv: list[str]) -> None:
   """Command line."""
   del argv
   experiment = from_flags(CONFIG.value)
-  for flag, known in ((PARTS, bench_step.PARTS), (VARIANTS, tuple(bench_step.VARIANTS))):
+  parts = *bench_step.PARTS, bench_data.PART
+  for flag, known in ((PARTS, parts), (VARIANTS, tuple(bench_step.VARIANTS))):
     for value in flag.value:
       if value not in known:
         raise ValueError(f"--{flag.name} has {value!r}; use some of {', '.join(known)}")
   check_writable(OUT.value)
   enable_compile_cache(experiment)
-  models = build_models(experiment, mesh_of(experiment))
   print(
     f"{'variant':12} {'part':10} {'devices':>7} {'seconds':>9} {'TFLOP/s':>9} {'MFU':>8}"
     f" {'temp GiB':>9} compile s"
   )
   records = []
-  for record in records_of(experiment, models):
+  for record in records_of(experiment):
     records.append(record)
     print(line(record), flush=True)
   with replacing(OUT.value) as part:

@@ -9,6 +9,8 @@ import pytest
 
 from longlive_jax.config import Experiment
 from longlive_jax.config.load import load_config
+from longlive_jax.config.schema import Video
+from longlive_jax.data.shapes import write_clips
 from longlive_jax.eval import bench_block
 from longlive_jax.eval.bench import Case, chain, measure
 from longlive_jax.model.dit import cast_params
@@ -119,6 +121,30 @@ def test_the_share_of_one_of_several_devices_is_timed(program, tmp_path):
   assert done.code == 0, done.stderr
   (record,) = [json.loads(line) for line in out.read_text().splitlines()]
   assert record["sizes"]["devices"] == 2 and record["median_seconds"] > 0
+
+
+def test_reading_files_is_timed_without_weights(program, tmp_path, written):
+  out, place = tmp_path / "data.jsonl", f"--config.data.path={written}"
+  data = (*TRAIN, "--parts=data", "--config.data.source=videos", f"--out={out}")
+  done = program("bench_train", *data, place, "--config.parallel.seq=2")
+  assert done.code == 0, done.stderr
+  (record,) = [json.loads(line) for line in out.read_text().splitlines()]
+  assert record["part"] == "data" and record["repeats"] == 2
+  assert 0 < record["p10_seconds"] <= record["median_seconds"] <= record["p90_seconds"]
+  whole = 4 * record["sizes"]["latents"] - 3
+  assert record["sizes"]["frames"] > whole  # a device also reads what is to the left of its part
+  missing = program("bench_train", *data, "--config.data.path=nowhere")
+  assert missing.code == 2 and "nowhere" in missing.stderr and missing.stderr.count("\n") == 1
+  both = program("bench_train", *TRAIN, "--parts=vae,data", place)
+  assert both.code == 2 and "--parts=vae,data: data is of the host" in both.stderr
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory):
+  """A folder of video files."""
+  folder = tmp_path_factory.mktemp("clips")
+  write_clips(folder, 2, 0, [1, 1], Video(height=96, width=160, fps=24))
+  return folder
 
 
 def test_parts_and_layouts_that_are_not_known(program):
