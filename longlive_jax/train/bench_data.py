@@ -34,23 +34,19 @@ def measure(experiment: Experiment, repeats: int) -> Iterator[Record]:
   Raises:
     FileNotFoundError, ValueError: see `data.sources.open_source`.
   """
-  data, batch = experiment.data, experiment.train.batch
+  data, batch, video = experiment.data, experiment.train.batch, experiment.video
   windows, split = windows_of(experiment, experiment.parallel.seq)
-  latents = experiment.data.blocks * experiment.model.block_latents
+  latents = data.blocks * experiment.model.block_latents
   spans = windows.spans if split else windows.spans[:1]
   if data.source == "latents":
     spans = ((0, latents),)
   tokenize = load_tokenizer(experiment.model.text)
-  readers, found = min(data.readers, data.ahead * batch), []
+  readers = min(data.readers, data.ahead * batch)
   reading: Any = batches(experiment, tokenize, rows=range(batch), windows=spans)
   with contextlib.closing(reading):
     for _ in range(data.ahead + 1):  # what the threads hold from the start
       next(reading)
-    for _ in range(repeats):
-      began = time.perf_counter()
-      for _ in range(readers):
-        next(reading)
-      found.append((time.perf_counter() - began) / readers)
+    found = [seconds_of(reading, readers) / readers for _ in range(repeats)]
   low, median, high = np.percentile(found, [10, 50, 90])
   yield {
     "case": "training step",
@@ -61,8 +57,8 @@ def measure(experiment: Experiment, repeats: int) -> Iterator[Record]:
       "batch": batch,
       "seq": experiment.parallel.seq,
       "frames": sum(stop - start for start, stop in spans),
-      "height": experiment.video.height,
-      "width": experiment.video.width,
+      "height": video.height,
+      "width": video.width,
     },
     "inputs": "files of data.path",
     "median_seconds": median,
@@ -74,3 +70,11 @@ def measure(experiment: Experiment, repeats: int) -> Iterator[Record]:
     "tflops_per_second": None,
     **setting(),
   }
+
+
+def seconds_of(reading: Iterator[Any], count: int) -> float:
+  """How long so many batches take."""
+  began = time.perf_counter()
+  for _ in range(count):
+    next(reading)
+  return time.perf_counter() - began
