@@ -106,11 +106,20 @@ def alone(params):
 @pytest.mark.parametrize(("fsdp", "seq", "layout", "masked"), MESHES)
 def test_loss_and_gradients_are_those_of_one_device(params, alone, fsdp, seq, layout, masked):
   mesh = make_mesh(BATCH, fsdp, seq, layout)
-  loss, gradients, _ = loss_and_gradients(params, batch_of(masked), mesh)
-  expected, wanted, _ = alone[masked]
-  np.testing.assert_allclose(loss, expected, rtol=1e-6)
   # plain: gradients of context and target are summed apart, which rounds otherwise (1.1e-6 seen)
-  close = 1e-6 if layout == "balanced" else 2e-6
+  check_equal(params, alone[masked], masked, mesh, 1e-6 if layout == "balanced" else 2e-6)
+
+
+def test_devices_that_share_clips_may_have_several(params, alone):
+  """Two samples on two devices: each has the prompts of its own blocks of both."""
+  check_equal(params, alone[True], True, make_mesh(BATCH, 1, 2, devices=jax.devices()[:2]), 1e-6)
+
+
+def check_equal(params, alone, masked: bool, mesh: Mesh, close: float) -> None:
+  """Loss and gradients over a mesh are those of one device."""
+  loss, gradients, _ = loss_and_gradients(params, batch_of(masked), mesh)
+  expected, wanted, _ = alone
+  np.testing.assert_allclose(loss, expected, rtol=1e-6)
   for ours, theirs in zip(jax.tree.leaves(gradients), jax.tree.leaves(wanted), strict=True):
     np.testing.assert_allclose(ours, theirs, rtol=0, atol=close * max(np.abs(theirs).max(), 1e-6))
 
