@@ -12,12 +12,14 @@ if TYPE_CHECKING:
   from longlive_jax.config.load import load_config
   from longlive_jax.data.prompts import Script, Shot, load_script
   from longlive_jax.io.video import read_video, write_video
+  from longlive_jax.sample.session import Session
 
 __version__ = "0.1.0"
 
 __all__ = [
   "Pipeline",
   "Script",
+  "Session",
   "Shot",
   "__version__",
   "load_config",
@@ -29,6 +31,7 @@ __all__ = [
 _HOMES = {
   "Pipeline": "build",
   "Script": "data.prompts",
+  "Session": "sample.session",
   "Shot": "data.prompts",
   "load_config": "config.load",
   "load_script": "data.prompts",

@@ -192,6 +192,25 @@ def load_script(path: str | Path) -> Script:
   return dataclasses.replace(script, image=str(path.parent / script.image))
 
 
+def script_files(path: str | Path, setting: str) -> list[tuple[str, Script]]:
+  """(name, script) of a script file, or of all in a folder in the order of their names.
+
+  Args:
+    path: of the file or folder.
+    setting: that names it, for errors.
+
+  Raises:
+    FileNotFoundError, ValueError: there is none, or one cannot be read.
+  """
+  path = Path(path)
+  if not path.is_dir():
+    return [(path.stem, load_script(path))]
+  files = sorted(f for f in path.iterdir() if f.suffix in (".json", ".txt"))
+  if not files:
+    raise ValueError(f"{setting}='{path}' is a folder without a .json or .txt script")
+  return [(file.stem, load_script(file)) for file in files]
+
+
 @dataclasses.dataclass(frozen=True)
 class BlockPrompt:
   """What the sampler is told about one block.
@@ -233,12 +252,23 @@ def expand(script: Script, video_fps: float, block_latents: int, cut_prefix: str
   [('A', 0, 'start'), ('A', 0, None), ('Cut. B', 1, 'cut'), ('B', 1, None), ('C', 1, 'keep')]
   """
   plan: list[BlockPrompt] = []
-  shot = 0
-  for index, entry in enumerate(script.shots):
-    transition = entry.transition if index else "start"
-    shot += transition == "cut"
-    prefix = cut_prefix if transition == "cut" else ""
-    plan.append(BlockPrompt(prefix + entry.prompt, shot, transition))
+  for entry in script.shots:
+    first = first_block(entry, plan[-1] if plan else None, cut_prefix)
     rest = entry.count_blocks(video_fps, block_latents) - 1
-    plan.extend([BlockPrompt(entry.prompt, shot)] * rest)
+    plan.extend([first, *[BlockPrompt(entry.prompt, first.shot)] * rest])
   return tuple(plan)
+
+
+def first_block(entry: Shot, before: BlockPrompt | None, cut_prefix: str) -> BlockPrompt:
+  """The first block of an entry.
+
+  Args:
+    entry: any.
+    before: the block before it; None at the start of a video, where a transition has no effect.
+    cut_prefix: `sample.cut_prefix`.
+  """
+  if before is None:
+    return BlockPrompt(entry.prompt, 0, "start")
+  if entry.transition == "cut":
+    return BlockPrompt(cut_prefix + entry.prompt, before.shot + 1, "cut")
+  return BlockPrompt(entry.prompt, before.shot, entry.transition)

@@ -14,9 +14,11 @@ Source: spec/nvfp4.md section 7.
 
 import dataclasses
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import PartitionSpec as P
 from jax.tree_util import register_dataclass
 
@@ -26,7 +28,7 @@ from longlive_jax.quant.matmul import kernel_takes
 from longlive_jax.quant.nvfp4 import Spec, dequantise, largest, over_devices, quantise, unit_of
 from longlive_jax.quant.qtensor import QTensor
 from longlive_jax.quant.rules import find_rule
-from longlive_jax.types import Array
+from longlive_jax.types import Array, PyTree
 
 
 @functools.partial(
@@ -193,3 +195,31 @@ def empty_quantised_cache(
     )
 
   return QuantisedKVCache(store(smoothing == "tokens"), store(False), smoothing)
+
+
+def regrouped(caches: PyTree, heads: int, before: int, after: int) -> PyTree:
+  """Caches as another number of devices has them: the rows of a store in the order of theirs.
+
+  Args:
+    caches: of the host, in any tree; those that are not quantised stay as they are.
+    heads: of all devices together.
+    before, after: devices that split the heads; 1 = rows are in the order of tokens.
+  """
+
+  def rows(a: Any) -> Any:
+    *lead, count, width = a.shape
+    by_device = a.reshape(*lead, before, count // heads, heads // before, width)
+    by_token = np.moveaxis(by_device, -4, -3)
+    by_device = by_token.reshape(*lead, count // heads, after, heads // after, width)
+    return np.moveaxis(by_device, -3, -4).reshape(a.shape)
+
+  def regroup(cache: Any) -> Any:
+    if before == after or not isinstance(cache, QuantisedKVCache):
+      return cache
+    k, v = (
+      dataclasses.replace(store, codes=rows(store.codes), scales=rows(store.scales))
+      for store in (cache.k, cache.v)
+    )
+    return dataclasses.replace(cache, k=k, v=v)
+
+  return jax.tree.map(regroup, caches, is_leaf=lambda x: isinstance(x, QuantisedKVCache))

@@ -26,6 +26,9 @@ class Decoder:
     block_shape: `(B, F, H, W, C)` of a block's latents.
     latents_per_call: decoded at a time, a divisor of F; 0 = F. Fewer take less memory.
 
+  Attributes:
+    state: shapes and placement of the carried state.
+
   Sharding: latents are whole wherever parameters are; frames and carried state have their rows
     split over "seq", see `parallel.space`. On several processes frames are whole.
   """
@@ -53,8 +56,8 @@ class Decoder:
 
     step = jax.jit(decode, donate_argnums=3, out_shardings=(shown, rows))
     self._first = step.lower(params, latents, start, None).compile()
-    state = at(rows, jax.eval_shape(decode, params, latents, start, None)[1])
-    self._later = step.lower(params, latents, start, state).compile()
+    self.state = at(rows, jax.eval_shape(decode, params, latents, start, None)[1])
+    self._later = step.lower(params, latents, start, self.state).compile()
     self._join = _joining(self._first, self._later, block_shape[1] // size, shown)
     self._encode: Any = None
 

@@ -56,11 +56,16 @@ def watched(blocks: Iterable[Array], finite: Callable[[Array], Array]) -> Iterat
   count = 0
   for block in itertools.chain(blocks, [None]):
     if flags and not flags.pop():
-      raise FloatingPointError(
-        f"block {count} of the video has numbers that are not finite: the weights are damaged or"
-        " do not fit the configuration"
-      )
+      raise not_finite(count)
     if block is not None:
       flags.append(finite(block))
       count += 1
       yield block
+
+
+def not_finite(count: int) -> FloatingPointError:
+  """The error of the `count`-th block of a video."""
+  return FloatingPointError(
+    f"block {count} of the video has numbers that are not finite: the weights are damaged or"
+    " do not fit the configuration"
+  )

@@ -72,6 +72,7 @@ class Engine:
 
   Attributes:
     latents: shape and placement of the blocks that come out.
+    caches: shapes and placement of the caches.
   """
 
   def __init__(self, denoiser: Denoiser, experiment: Experiment, params: PyTree, batch: int):
@@ -114,7 +115,7 @@ class Engine:
       self.denoise[level] = denoise.lower(*args).compile()
       self.commit[level] = commit.lower(params, latents, texts, caches, shapes).compile()
     self.empty = jit(self._empty).lower().compile()
-    self.latents = latents
+    self.latents, self.caches = latents, caches
     rows = jax.ShapeDtypeStruct((self.batch,), jnp.bool_, sharding=home)
     self.copy = jit(functools.partial(jax.tree.map, jnp.copy)).lower(caches).compile()
     self.select = jit(_select, donate_argnums=1).lower(rows, caches, caches).compile()

@@ -14,7 +14,7 @@ import collections
 import dataclasses
 import functools
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
@@ -22,13 +22,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from longlive_jax.config import Experiment
-from longlive_jax.data.prompts import BlockPlan, Script, expand
+from longlive_jax.data.prompts import BlockPlan, BlockPrompt, Script, expand
 from longlive_jax.model import solvers
 from longlive_jax.model.module import Network
 from longlive_jax.model.ops import REFERENCE, Ops
 from longlive_jax.model.tokenizer import Tokenizer
 from longlive_jax.parallel.rules import home_of
-from longlive_jax.sample.block import Denoiser
+from longlive_jax.sample.block import Denoiser, Texts
+from longlive_jax.sample.compiled import Compiled, Keys
 from longlive_jax.sample.decoder import Decoder, encode_frames
 from longlive_jax.sample.latents import block_noise, block_shape, split_blocks, watched
 from longlive_jax.sample.rollout import Engine
@@ -56,23 +57,6 @@ class Models:
   params: dict[str, PyTree]
   tokenizer: Tokenizer
   ops: Ops = REFERENCE
-
-
-@dataclasses.dataclass(frozen=True)
-class Compiled:
-  """Executables for one batch size.
-
-  Attributes:
-    engine: the rollout.
-    decoder: latents to frames.
-    noise: `block_noise` of a block.
-    finite: whether all numbers of a block's latents are finite.
-  """
-
-  engine: Engine
-  decoder: Decoder
-  noise: Callable[..., Array]
-  finite: Callable[[Array], Array]
 
 
 class Sampler:
@@ -190,10 +174,8 @@ class Sampler:
     shape = block_shape(self.experiment, len(scripts))
     given = [] if prefix is None else split_blocks(np.asarray(prefix, np.float32), shape)
     run = self.prepare(len(scripts))
-    known, mask = np.zeros(shape, np.float32), np.zeros(shape[:2], bool)
-    if images is not None:
-      known[:, :1] = run.decoder.encode_images(np.asarray(images))
-      mask[:, 0] = True
+    first = None if images is None else run.decoder.encode_images(np.asarray(images))
+    known, mask = run.known(first)
     seeds = [self.experiment.sample.seed if s.seed is None else s.seed for s in scripts]
     keys = np.asarray(seeds, np.uint32), first_index + np.arange(len(scripts), dtype=np.uint32)
     blocks = self._rollout(run, plans, given, keys, known, mask)
@@ -204,27 +186,23 @@ class Sampler:
     run: Compiled,
     plans: Sequence[BlockPlan],
     given: Sequence[np.ndarray],
-    keys: tuple[np.ndarray, np.ndarray],
+    keys: Keys,
     known: np.ndarray,
     mask: np.ndarray,
   ) -> Iterator[Array]:
     """Yields the given blocks, then a sampled one for each entry of the plans."""
     params, state = self.models.params["dit"], run.engine.start()
     prompts = [plan[0].prompt for plan in plans]
-    texts = self._texts(run, prompts)
+    texts = self.texts(run, prompts)
     for block in given:
-      state = run.engine.absorb(params, state, block, texts, [False] * len(plans))
-      yield jax.device_put(block, run.engine.latents.sharding)
+      entries = [BlockPrompt(prompt, 0) for prompt in prompts]
+      latents, state = run.absorb(params, state, texts, entries, block)
+      yield latents
     for entries in zip(*plans, strict=True):
       if prompts != [entry.prompt for entry in entries]:
         prompts = [entry.prompt for entry in entries]
-        texts = self._texts(run, prompts)
-      rows = [entry.transition == "recache" for entry in entries]
-      if any(rows):
-        state = run.engine.recache(params, state, texts, rows)
-      noise = run.noise(*keys, np.int32(state.block))
-      cut = [entry.transition == "cut" for entry in entries]
-      latents, state = run.engine.next_block(params, state, noise, texts, cut, known, mask)
+        texts = self.texts(run, prompts)
+      latents, state = run.sample(params, state, texts, entries, keys, known, mask)
       mask = np.zeros_like(mask)
       yield latents
 
@@ -266,7 +244,8 @@ class Sampler:
     self.models.tokenizer(sorted({e.prompt for e in itertools.chain(*plans)}))
     return plans
 
-  def _texts(self, run: Compiled, prompts: Sequence[str]) -> tuple[Any, ...]:
+  def texts(self, run: Compiled, prompts: Sequence[str]) -> Texts:
+    """Text keys and values of a block's prompts, one a sample; one entry a guidance branch."""
     params = self.models.params["dit"]
     texts = [run.engine.text_kv(params, np.stack([self.embed(p) for p in prompts]))]
     if run.engine.branches > 1:

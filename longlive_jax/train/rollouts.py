@@ -12,7 +12,7 @@ from absl import logging
 
 from longlive_jax.config import Experiment
 from longlive_jax.data import shapes
-from longlive_jax.data.prompts import Script, Shot, load_script
+from longlive_jax.data.prompts import Script, Shot, script_files
 from longlive_jax.io.processes import is_first, wait_for_all, whole
 from longlive_jax.model.dit import cast_params
 from longlive_jax.sample.sampler import Models, Sampler
@@ -64,13 +64,7 @@ def find_scripts(experiment: Experiment) -> dict[str, Script]:
   """Name -> script of the evaluation."""
   if not experiment.io.evaluate_scripts:
     return {f"{number:02d}": of_shapes(experiment, number) for number in range(SHOWN)}
-  path = Path(experiment.io.evaluate_scripts)
-  files = (
-    sorted(f for f in path.iterdir() if f.suffix in (".json", ".txt")) if path.is_dir() else []
-  )
-  if path.is_dir() and not files:
-    raise ValueError(f"io.evaluate_scripts='{path}' is a folder without a .json or .txt script")
-  return {file.stem: load_script(file) for file in files or [path]}
+  return dict(script_files(experiment.io.evaluate_scripts, "io.evaluate_scripts"))
 
 
 def of_shapes(experiment: Experiment, number: int) -> Script:
