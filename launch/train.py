@@ -30,7 +30,6 @@ from longlive_jax.train.loop import steps_done
 from longlive_jax.train.stage_ar import train_ar
 from longlive_jax.train.stage_dmd import train_dmd
 from longlive_jax.train.stage_vae import train_vae
-from longlive_jax.types import PyTree
 
 CONFIG = define_config_flag()
 PROCESSES = define_process_flags()
@@ -51,22 +50,23 @@ def train(experiment: Experiment, workdir: Path) -> int:
     if is_first():
       print(f"nothing to do: {done} steps are done, train.steps={experiment.train.steps}")
     return steps
-  models = build_models(experiment, mesh_of(experiment))
+  distils = stage == "dmd"
+  models = build_models(experiment, mesh_of(experiment), narrow=distils, plain=distils)
   save_config(experiment, workdir)
-  params: dict[str, PyTree] = dict(models.params)
   about: dict[str, Any] = {"stage": stage, "steps": steps}
   if stage == "vae":
-    params["vae"] = train_vae(experiment, models.vae, params["vae"], workdir)
+    trained = {"vae": train_vae(experiment, models.vae, models.params["vae"], workdir)}
   elif stage == "ar":
-    params["dit"] = train_ar(experiment, models, workdir)
+    trained = {"dit": train_ar(experiment, models, workdir)}
   else:
     distill = experiment.distill
     lora = {"name": experiment.name, "rank": distill.rank, "alpha": distill.alpha}
-    params["dit"], adapters = train_dmd(experiment, models, workdir)
+    dit, adapters = train_dmd(experiment, models, workdir)
+    trained = {"dit": dit}
     config = json.loads(to_json(experiment))
     save_params(workdir / "adapters", {"lora": adapters}, config, {**about, "lora": lora})
     about["adapters"] = [lora]
-  save_params(result, params, json.loads(to_json(experiment)), about)
+  save_params(result, models.params | trained, json.loads(to_json(experiment)), about)
   return steps
 
 

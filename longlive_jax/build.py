@@ -186,7 +186,12 @@ def load_networks(
 
 
 def build_models(
-  experiment: Experiment, mesh: Mesh | None = None, *, narrow: bool = False, shared: bool = False
+  experiment: Experiment,
+  mesh: Mesh | None = None,
+  *,
+  narrow: bool = False,
+  shared: bool = False,
+  plain: bool = False,
 ) -> Models:
   """Networks with parameters from `io.checkpoint`, or fresh ones when it is empty.
 
@@ -195,17 +200,18 @@ def build_models(
     mesh: over which the parameters are split.
     narrow: matrices in the dtypes that they are used in, for sampling; else all is float32, but for
       a frozen text encoder on the mesh of a training run.
-    shared: the mesh is that of a sampler whose devices share each block: parameters are whole on
-      all of them, and the operations are those of `shared_ops`.
+    shared: the mesh is of a sampler whose devices share each block: parameters are whole on all,
+      and the operations are those of `shared_ops`.
+    plain: the operations quantise nothing, whatever `quant` says.
 
   Raises:
     FileNotFoundError: no such checkpoint or tokenizer.
     ValueError: its tensors do not fit the experiment, or are not finite.
   """
-  networks = declare_networks(experiment)
-  rules, ops = WHOLE if shared else RULES, choose_ops(experiment)
+  networks, ops = declare_networks(experiment), choose_ops(experiment)
+  rules = WHOLE if shared else RULES
   ops = shared_ops(ops, mesh) if mesh and shared else ops
-  ops = quantised_ops(ops, experiment.quant, networks["dit"].abstract)
+  ops = ops if plain else quantised_ops(ops, experiment.quant, networks["dit"].abstract)
   tokenizer = load_tokenizer(experiment.model.text)
   if experiment.io.checkpoint:
     folder = find_checkpoint(experiment.io.checkpoint)
@@ -214,10 +220,8 @@ def build_models(
     params = fresh_params(experiment, networks, mesh, rules)
     params = narrowed(params, experiment.model) if narrow else params
   if mesh and not narrow:  # a frozen encoder takes no more room than it is used with
-    text_dtype = experiment.model.text.dtype
-    cast = jax.jit(
-      lambda tree: jax.tree.map(lambda a: a.astype(text_dtype), tree), donate_argnums=0
-    )
+    dtype = experiment.model.text.dtype
+    cast = jax.jit(lambda tree: jax.tree.map(lambda a: a.astype(dtype), tree), donate_argnums=0)
     params["text"] = cast(params["text"])
   return Models(
     experiment=experiment,

@@ -4,13 +4,14 @@ import math
 import re
 
 from longlive_jax.checks import check_choice, check_divides
-from longlive_jax.config.schema import Data, Experiment
+from longlive_jax.config.schema import Data, Distill, Experiment
 
 STAGES = ("vae", "ar", "dmd")
 WEIGHTINGS = ("bell", "uniform")
 REMATS = ("none", "dots", "inputs", "attention", "full")
 REPLACEMENTS = ("random", "oldest")
-SOURCES = ("shapes", "videos", "latents")
+SOURCES = ("shapes", "videos", "latents", "scripts")
+ROLES = ("student", "teacher", "critic")
 FITS = ("crop", "stretch")
 LAYOUTS = ("balanced", "plain")
 
@@ -35,7 +36,6 @@ def check_distillation(experiment: Experiment) -> None:
   """What stage "dmd" asks of the other settings."""
   train, distill = experiment.train, experiment.distill
   for name, value in (
-    ("first_latent_share", train.first_latent_share),
     ("context_noise", train.context_noise),
     ("prompt_dropout_share", train.prompt_dropout_share),
   ):
@@ -48,17 +48,27 @@ def check_distillation(experiment: Experiment) -> None:
       f"sample.guidance={experiment.sample.guidance} is of a student, which has none: use 1;"
       " the teacher's is distill.guidance"
     )
-  if experiment.data.source != "shapes":
-    raise ValueError(f"train.stage=dmd takes data.source=shapes, not {experiment.data.source}")
+  if experiment.data.pad or experiment.data.far_share:
+    name = "pad" if experiment.data.pad else "far_share"
+    raise ValueError(f"data.{name}={getattr(experiment.data, name)} is for train.stage=ar")
   if experiment.quant.cache != "none":
     raise ValueError("train.stage=dmd keeps its keys and values as they are: use quant.cache=none")
-  if not distill.layers:
-    raise ValueError("distill.layers=() adapts nothing")
+  if experiment.quant.linears == "fp8":
+    raise ValueError("quant.linears=fp8 has no gradients: with train.stage=dmd use nvfp4 or none")
   if distill.trained_blocks > experiment.data.blocks:
     raise ValueError(
       f"distill.trained_blocks={distill.trained_blocks} must be at most data.blocks="
       f"{experiment.data.blocks}"
     )
+  check_roles(distill)
+
+
+def check_roles(distill: Distill) -> None:
+  """Which networks are quantised, and which layers are adapted."""
+  for role in distill.quantised:
+    check_choice("distill.quantised", role, ROLES)
+  if not distill.layers:
+    raise ValueError("distill.layers=() adapts nothing")
   for pattern in distill.layers:
     try:
       re.compile(pattern)
@@ -76,6 +86,8 @@ def check_data(experiment: Experiment) -> None:
   if data.source == "shapes":
     check_shapes(experiment)
     return
+  if data.source == "scripts" and train.stage != "dmd":
+    raise ValueError(f"data.source=scripts is for train.stage=dmd, not {train.stage}")
   if not data.path:
     raise ValueError(f"data.source={data.source} needs data.path, the folder of the {data.source}")
   if train.stage == "vae":
@@ -121,13 +133,32 @@ def check_parallel(experiment: Experiment) -> None:
     check_shared_clip(experiment)
   part = train.batch // train.accumulate
   check_divides("train.batch / train.accumulate", part, "parallel.fsdp", parallel.fsdp)
-  if train.stage != "ar" and (seq > 1 or parallel.fsdp > 1):
-    name, value = ("seq", seq) if seq > 1 else ("fsdp", parallel.fsdp)
-    raise ValueError(f"parallel.{name}={value} is for train.stage=ar; use parallel.{name}=1")
+  alone = {"fsdp": parallel.fsdp} if train.stage == "dmd" else {"seq": seq, "fsdp": parallel.fsdp}
+  for name, value in alone.items():
+    if train.stage != "ar" and value > 1:
+      raise ValueError(f"parallel.{name}={value} is for train.stage=ar; use parallel.{name}=1")
+
+
+def check_shared_rollout(experiment: Experiment) -> None:
+  """Raises ValueError unless `parallel.seq` devices can share the blocks of stage "dmd"."""
+  seq, model, sample = experiment.parallel.seq, experiment.model, experiment.sample
+  if seq > 1 and experiment.parallel.layout != "balanced":
+    raise ValueError("train.stage=dmd takes parallel.layout=balanced")
+  judged = min(experiment.data.blocks, sample.window_latents // model.block_latents)
+  common = math.gcd(model.heads, model.block_latents, judged)
+  works = [n for n in range(1, common + 1) if common % n == 0]
+  if seq not in works:
+    raise ValueError(
+      f"parallel.seq={seq} must divide model.heads={model.heads}, model.block_latents="
+      f"{model.block_latents} and the {judged} blocks that are judged; use one of"
+      f" {', '.join(map(str, works))}"
+    )
 
 
 def check_shared_clip(experiment: Experiment) -> None:
   """Raises ValueError unless `parallel.seq` devices can share a training clip."""
+  if experiment.train.stage == "dmd":
+    return check_shared_rollout(experiment)
   parallel, works = experiment.parallel, legal_seq(experiment)
   if parallel.seq not in works:
     raise ValueError(

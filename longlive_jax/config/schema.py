@@ -151,8 +151,8 @@ class Sample(Section):
 class Data(Section):
   """Training clips: of the shapes world, drawn as they are needed, or of files."""
 
-  source: str = "shapes"  # shapes | videos | latents, see docs/data.md
-  path: str = ""  # folder of the videos or latents
+  source: str = "shapes"  # shapes | videos | latents | scripts (stage "dmd"), see docs/data.md
+  path: str = ""  # folder of the videos, latents or scripts
   blocks: int = 4  # blocks of a training sample
   seed: int = 1  # of the clips, of where samples start in them, and of their order
   # shapes
@@ -224,6 +224,7 @@ class Distill(Section):
   rank: int = 128  # of the adapters of student and critic
   alpha: float = 128.0
   layers: tuple[str, ...] = ("layers/.*",)  # regular expressions of the paths that are adapted
+  quantised: tuple[str, ...] = ("student", "teacher", "critic")  # whom quant.linears is for
   student_every: int = 5  # steps from one update of the student to the next; the critic's is each
   critic_lr: float = 2e-6
   guidance: float = 3.0  # w of the teacher, c + w (c - u)
@@ -240,7 +241,7 @@ class Parallel(Section):
   """The mesh of training; what is left of the devices splits the batch. Sampling knows `seq`."""
 
   fsdp: int = 1  # devices that share parameters, each with its own samples
-  seq: int = 1  # devices that share a clip; in sampling each block of a video
+  seq: int = 1  # devices that share a clip; in sampling, and stage "dmd", each block of a video
   # balanced: each has context and target of the same blocks | plain: half of them have contexts
   layout: str = "balanced"
   chunk_vae: bool = True  # each of them encodes its own part of a clip; off = all encode all of it

@@ -18,24 +18,25 @@ from longlive_jax.model.ops import Ops
 from longlive_jax.parallel.ulysses import sequence_parallel
 from longlive_jax.types import CLIP, ROWS, SAMPLES, SEQ, Array
 
-# The first that matches the path of a linear layer: where its tokens are.
-TOKENS: tuple[tuple[str, P], ...] = (
-  (r"text_embed/.*|layers/cross_attn/(k|v)", P((*SAMPLES, SEQ))),  # of prompts, one set a block
-  (r"layers/.*", P(ROWS, SEQ)),
-  (r".*", P(SAMPLES, SEQ)),
-)
+OF_PROMPTS = r"text_embed/.*|layers/cross_attn/(k|v)"
+# The first that matches the path of any other linear layer: where its tokens are.
+TOKENS: tuple[tuple[str, P], ...] = ((r"layers/.*", P(ROWS, SEQ)), (r".*", P(SAMPLES, SEQ)))
 
 
-def split_ops(ops: Ops, mesh: Mesh) -> Ops:
-  """The same operations over a mesh, for training clips with one prompt a block.
+def split_ops(ops: Ops, mesh: Mesh, *, by_block: bool = True) -> Ops:
+  """The same operations over a mesh, for training clips.
 
   Args:
     ops: of one device.
     mesh: see `parallel.mesh`.
+    by_block: a sample has a prompt for each block, and its prompts are where their blocks are;
+      else it has one, which all devices of a clip have.
   """
+  prompts = P((*SAMPLES, SEQ)) if by_block else P(SAMPLES)
+  tokens = ((OF_PROMPTS, prompts), *TOKENS)
 
   def place(x: Array, path: str) -> Array:
-    spec = next(spec for pattern, spec in TOKENS if re.fullmatch(pattern, path))
+    spec = next(spec for pattern, spec in tokens if re.fullmatch(pattern, path))
     return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, spec))
 
   def prepare(x: Array, paths: tuple[str, ...]) -> Any:

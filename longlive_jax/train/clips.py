@@ -99,7 +99,8 @@ def make_bank(
   """
   data, sample, f = experiment.data, experiment.sample, experiment.model.block_latents
   specs, lengths = make_clips(experiment, data.clips, data.seed)
-  latents = encode_clips(experiment, specs, encode, params, group)
+  latents = encode_clips(experiment, specs, encode, params, group, data.clip_blocks * f)
+  latents = latents.reshape(data.clips, data.clip_blocks, f, *latents.shape[2:])
   prompts: list[str] = []
   visible, positions = [], []
   window = Window(sample.window_latents // f, sample.sink_latents // f)
@@ -145,10 +146,11 @@ def encode_clips(
   encode: Callable[[PyTree, Array], Array],
   params: PyTree,
   group: int,
+  latents: int,
 ) -> Array:
-  """Latents `[N, blocks, F_b, h, w, C]` bfloat16 of N clips, rendered and encoded by groups."""
-  data, f, video = experiment.data, experiment.model.block_latents, experiment.video
-  frames = jnp.arange(4 * f * data.clip_blocks - 3)
+  """The first latents `[N, latents, h, w, C]` bfloat16 of N clips, made by groups."""
+  data, video = experiment.data, experiment.video
+  frames = jnp.arange(4 * latents - 3)
   count = len(specs)
   filled = [specs[i % count] for i in range(count + -count % group)]
   draw = functools.partial(
@@ -164,9 +166,8 @@ def encode_clips(
 
   packed = shapes.pack_many(filled, data.max_shots)
   groups = jax.tree.map(lambda a: jnp.asarray(a).reshape(-1, group, *a.shape[1:]), packed)
-  latents = all_groups(params, groups)
-  latents = latents.reshape(len(filled), *latents.shape[2:])[:count]
-  return latents.reshape(count, data.clip_blocks, f, *latents.shape[2:])
+  made = all_groups(params, groups)
+  return made.reshape(len(filled), *made.shape[2:])[:count]
 
 
 def choose(key: Array, bank: Bank, batch: int, data: Data) -> tuple[Array, Array]:

@@ -1,9 +1,13 @@
 """One step of distillation: the critic learns the student's clips, now and then the student moves.
 
-Student, teacher and critic share one frozen base; student and critic have an adapter tree each. The
-teacher is the base alone. A step draws prompts, and if it is the student's turn makes a clip with
-gradient and moves the student along the direction of `train.dmd`; then, in any case, makes another
-clip of the student as it was before and takes a step of the critic on it.
+Student and critic are frozen weights with a tree of adapters each; the teacher is frozen weights
+alone. All three share these, unless they are wanted in different precisions. A step draws
+conditions, and if it is the student's turn makes a clip with gradient and moves the student along
+the direction of `train.dmd`; then, in any case, makes another clip of the student as it was before
+and takes a step of the critic on it.
+
+Teacher and critic look at what the sampler's window shows at the end of the rollout: the whole
+clip, or of a longer one the sink, the pinned block and the newest ones, side by side.
 
 Everything that is drawn is a function of (seed, step).
 
@@ -19,63 +23,69 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax.tree_util import register_dataclass
+from jax.sharding import Mesh
 
-from longlive_jax.config import Experiment, Train
+from longlive_jax.config import Experiment
 from longlive_jax.model import solvers
 from longlive_jax.model.attention import BlockCausal, TeacherForcing, block_borders
 from longlive_jax.model.flow import TIMESTEPS, training_table
-from longlive_jax.model.lora import adapted, adapted_ops, adapter_shapes, init_adapters
+from longlive_jax.model.lora import adapted, adapted_ops, adapter_shapes
 from longlive_jax.model.ops import Ops
 from longlive_jax.model.rope import video_rope
+from longlive_jax.parallel.split_ops import split_ops
+from longlive_jax.quant.policy import quantised_ops
 from longlive_jax.sample.block import Denoiser
 from longlive_jax.sample.sampler import Models
 from longlive_jax.train import dmd
-from longlive_jax.train.self_forcing import Pass, SelfForcing, stopped
-from longlive_jax.train.state import TrainState, apply_gradients, init_state, make_optimizer
+from longlive_jax.train.distill_state import (
+  DistillState,
+  of_critic,
+  of_student,
+  optimizers_of,
+  start_state,
+)
+from longlive_jax.train.passes import Pass
+from longlive_jax.train.self_forcing import SelfForcing, stopped
+from longlive_jax.train.state import apply_gradients
 from longlive_jax.types import Array, PyTree
 
+STUDENT, TEACHER, CRITIC = ROLES = ("student", "teacher", "critic")
+PLAIN, QUANTISED = "plain", "quantised"
 
-@functools.partial(register_dataclass, data_fields=["step", "student", "critic"], meta_fields=[])
-@dataclasses.dataclass(frozen=True)
-class DistillState:
-  """What a run needs to go on.
+
+class Conditions(NamedTuple):
+  """What clips are made of.
 
   Attributes:
-    step: int32 scalar, steps done.
-    student, critic: adapters with optimiser and average; their own count of updates.
+    prompts: embeddings `[B, P, L, E]` of the prompts of each block.
+    nothing: `[L, E]`, of the negative prompt.
+    first: `[B, 1, H, W, C]`, first latents for image-to-video, or None.
+    given: bool `[B]`, the samples that they are given to; None without them.
+    seen: int32 `[B, W]`, the blocks that teacher and critic look at; None = all.
   """
 
-  step: Array
-  student: TrainState
-  critic: TrainState
-
-  @property
-  def params(self) -> PyTree:
-    return {"student": self.student.params, "critic": self.critic.params}
-
-  @property
-  def ema(self) -> PyTree:
-    return self.student.ema
-
-
-class Prompts(NamedTuple):
-  """Embeddings `[B, P, L, E]` of the prompts of each block, and the negative one `[L, E]`."""
-
-  blocks: Array
+  prompts: Array
   nothing: Array
+  first: Array | None = None
+  given: Array | None = None
+  seen: Array | None = None
 
 
-def of_student(experiment: Experiment) -> Train:
-  """Settings of the student's optimiser, which counts its own updates."""
-  train, every = experiment.train, experiment.distill.student_every
-  warmup = -(-train.warmup_steps // every)
-  return dataclasses.replace(train, steps=-(-train.steps // every), warmup_steps=warmup)
+class Judged(NamedTuple):
+  """What teacher and critic look at: W blocks of a clip.
 
+  Attributes:
+    clip: `[B, F, H, W, C]`.
+    prompts, nothing: `[B * W, L, E]`.
+    trained: `[B, F]` float32, latents that carry a gradient.
+    given: bool `[B]`, samples whose first latent here was given, or None.
+  """
 
-def of_critic(experiment: Experiment) -> Train:
-  """Settings of the critic's."""
-  return dataclasses.replace(experiment.train, lr=experiment.distill.critic_lr)
+  clip: Array
+  prompts: Array
+  nothing: Array
+  trained: Array
+  given: Array | None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,35 +94,55 @@ class Distillation:
 
   Attributes:
     experiment: checked experiment, `train.stage` "dmd".
-    models: declared networks and ops.
+    models: declared networks, and ops that quantise nothing.
+    mesh: of the run.
   """
 
   experiment: Experiment
   models: Models
+  mesh: Mesh
 
   @functools.cached_property
-  def optimizers(self) -> tuple[optax.GradientTransformation, optax.GradientTransformation]:
-    return tuple(make_optimizer(of(self.experiment)) for of in (of_student, of_critic))  # type: ignore[return-value]
+  def optimizers(self) -> tuple[optax.GradientTransformation, ...]:
+    return optimizers_of(self.experiment)
 
   def start(self) -> DistillState:
     """Adapters that change nothing yet."""
     cfg = self.experiment.distill
-    shapes = adapter_shapes(self.models.dit.abstract, cfg.rank, cfg.layers)
-    key = jax.random.key(self.experiment.train.seed)
-    student, critic = (
-      init_state(init_adapters(jax.random.fold_in(key, number), shapes), optimizer)
-      for number, optimizer in enumerate(self.optimizers)
+    return start_state(
+      self.experiment, adapter_shapes(self.models.dit.abstract, cfg.rank, cfg.layers)
     )
-    return DistillState(jnp.zeros((), jnp.int32), student, critic)
+
+  def kind(self, role: str) -> str:
+    """Which frozen weights a network has: `PLAIN` or `QUANTISED`."""
+    quantised = self.experiment.quant.linears != "none"
+    return QUANTISED if quantised and role in self.experiment.distill.quantised else PLAIN
+
+  def base(self, role: str, bases: dict[str, PyTree]) -> PyTree:
+    """The frozen weights of a network, out of those of each kind that some network has."""
+    return bases[self.kind(role)]
 
   def with_adapters(self, base: PyTree, adapters: PyTree) -> PyTree:
-    """The base with one of the adapter trees beside it."""
+    """Frozen weights with one of the adapter trees beside them."""
     return adapted(base, adapters, self.experiment.distill.alpha)
+
+  def ops(self, role: str, key: Array, *, by_block: bool) -> Ops:
+    """How a network multiplies; gradients in NVFP4 are rounded by the key.
+
+    Args:
+      role: of `ROLES`.
+      key: see `Ops`.
+      by_block: it looks at clips with a prompt a block; else at one block.
+    """
+    quant, ops = self.experiment.quant, self.models.ops
+    if self.kind(role) == QUANTISED:
+      ops = quantised_ops(ops, quant, self.models.dit.abstract)
+    return split_ops(adapted_ops(ops), self.mesh, by_block=by_block).with_key(key)
 
   def clip(
     self,
     params: PyTree,
-    prompts: Prompts,
+    given: Conditions,
     passes: Sequence[tuple[Pass, Pass]],
     key: Array,
     trained: int,
@@ -124,9 +154,8 @@ class Distillation:
     last = jnp.full((), steps - 1, jnp.int32)
     exit_step = last if cfg.last_step_only else jax.random.randint(exit_key, (), 0, steps)
     size = (e.latent_height, e.latent_width, e.model.vae.latent_channels)
-    shape = (prompts.blocks.shape[0], len(passes) * e.model.block_latents, *size)
-    fresh = jax.random.normal(context, shape) if cfg.original_levels else None
-    ops = self.ops(rounding)
+    shape = (given.prompts.shape[0], len(passes) * e.model.block_latents, *size)
+    ops = self.ops(STUDENT, rounding, by_block=False)
     solver = solvers.plan(e.sample.solver, steps, e.model.shift)
     student = SelfForcing(
       Denoiser(self.models.dit, e.model, solver, ops=ops),
@@ -135,99 +164,122 @@ class Distillation:
       original=cfg.original_levels,
     )
     model = self.models.dit.bind(params)
-    texts = [model.text_kv(prompts.blocks[:, block], ops) for block in range(len(passes))]
-    exits = jnp.broadcast_to(exit_step, (len(passes),))
-    noise = jax.random.normal(noises, shape)
     return student.rollout(
-      params, noise, texts, passes, exits, trained=trained, context_noise=fresh
+      params,
+      jax.random.normal(noises, shape),
+      [model.text_kv(given.prompts[:, block], ops) for block in range(len(passes))],
+      passes,
+      jnp.broadcast_to(exit_step, (len(passes),)),
+      trained=trained,
+      first=given.first,
+      given=given.given,
+      context_noise=jax.random.normal(context, shape) if cfg.original_levels else None,
     )
 
-  def ops(self, key: Array) -> Ops:
-    """How all three networks multiply; gradients in NVFP4 are rounded by the key."""
-    return adapted_ops(self.models.ops).with_key(key)
+  def judged(self, clip: Array, given: Conditions, trained: int) -> Judged:
+    """What teacher and critic look at of a clip whose last `trained` blocks carry a gradient."""
+    batch, blocks = given.prompts.shape[:2]
+    counts = jnp.broadcast_to(jnp.arange(blocks) >= blocks - trained, (batch, blocks))
+    parts, first = clip.reshape(batch, blocks, -1, *clip.shape[2:]), given.given
+    prompts = given.prompts
+    if given.seen is not None:
+      rows = jnp.arange(batch)[:, None], given.seen
+      parts, prompts, counts = parts[rows], prompts[rows], counts[rows]
+      first = None if first is None else first & (given.seen[:, 0] == 0)
+    flat = prompts.reshape(-1, *prompts.shape[2:])
+    each = jnp.repeat(counts.astype(jnp.float32), parts.shape[2], 1)
+    joined = parts.reshape(batch, -1, *clip.shape[2:])
+    return Judged(joined, flat, jnp.broadcast_to(given.nothing, flat.shape), each, first)
 
-  def score(self, key: Array) -> dmd.Score:
-    """How teacher and critic look at whole clips; the key as in `ops`."""
+  def score(self, role: str, blocks: int, key: Array) -> dmd.Score:
+    """How a network looks at clips of so many blocks; the key as in `ops`."""
     e = self.experiment
-    latents, patch = e.data.blocks * e.model.block_latents, e.model.patch
+    latents, patch = blocks * e.model.block_latents, e.model.patch
     rows, columns = e.latent_height // patch, e.latent_width // patch
     positions = np.arange(latents) * e.sample.t_scale
     rope = video_rope(positions, rows, columns, e.model.head_dim, e.model.rope_theta)
     borders = block_borders(latents, e.model.block_latents, rows * columns)
     plan: Any = (TeacherForcing if e.distill.clean_history else BlockCausal)(rope, borders)
-    return dmd.Score(self.models.dit, plan, e.data.blocks, self.ops(key), e.train.remat)
+    ops = self.ops(role, key, by_block=True)
+    return dmd.Score(self.models.dit, plan, blocks, ops, e.train.remat)
 
-  def noised(self, clip: Array, key: Array) -> dmd.Noised:
-    """A clip at a level drawn for each sample."""
+  def noised(self, judged: Judged, given: Conditions, key: Array) -> dmd.Noised:
+    """A clip at levels that are drawn: one a sample, one a block where a first latent is given."""
     levels, noise = jax.random.split(key)
-    raw = jax.random.randint(levels, (clip.shape[0], 1), 0, TIMESTEPS)
+    clip, f = judged.clip, self.experiment.model.block_latents
+    raw = jax.random.randint(levels, (clip.shape[0], clip.shape[1] // f), 0, TIMESTEPS)
+    each = jnp.broadcast_to(raw[:, :1], raw.shape)
+    if given.given is not None:
+      each = jnp.where(given.given[:, None], raw, each)
     shift = self.experiment.model.shift
-    timesteps = jnp.broadcast_to(dmd.score_timesteps(raw, shift), clip.shape[:2])
-    return dmd.noised(clip, jax.random.normal(noise, clip.shape), timesteps, training_table(shift))
+    timesteps = jnp.repeat(dmd.score_timesteps(each, shift), f, 1)
+    fresh = jax.random.normal(noise, clip.shape)
+    table, first = training_table(shift), given.first
+    return dmd.noised(clip, fresh, timesteps, table, first, judged.given)
 
   def student_loss(
     self,
     adapters: PyTree,
     critic: PyTree,
-    base: PyTree,
-    prompts: Prompts,
+    bases: dict[str, PyTree],
+    given: Conditions,
     passes: Sequence[tuple[Pass, Pass]],
     key: Array,
   ) -> tuple[Array, Array]:
     """Loss of the student, and the mean size of its direction."""
-    cfg = self.experiment.distill
+    cfg, f = self.experiment.distill, self.experiment.model.block_latents
     rolls, levels, rounding = jax.random.split(key, 3)
     trained = cfg.trained_blocks or len(passes)
-    clip = self.clip(self.with_adapters(base, adapters), prompts, passes, rolls, trained)
-    noised, score = self.noised(clip, levels), self.score(rounding)
-    flat = prompts.blocks.reshape(-1, *prompts.blocks.shape[2:])
+    params = self.with_adapters(self.base(STUDENT, bases), adapters)
+    judged = self.judged(self.clip(params, given, passes, rolls, trained), given, trained)
+    noised, blocks = self.noised(judged, given, levels), judged.clip.shape[1] // f
+    teacher, fake = (self.score(role, blocks, rounding) for role in (TEACHER, CRITIC))
     g = dmd.matching_direction(
-      score,
-      score,
-      (base, self.with_adapters(base, critic)),
+      teacher,
+      fake,
+      (self.base(TEACHER, bases), self.with_adapters(self.base(CRITIC, bases), critic)),
       noised,
-      flat,
-      jnp.broadcast_to(prompts.nothing, flat.shape),
+      judged.prompts,
+      judged.nothing,
       (cfg.guidance, cfg.critic_guidance),
-      self.experiment.model.block_latents,
+      f,
     )
-    latents = trained * self.experiment.model.block_latents
-    counts = noised.mask * (jnp.arange(clip.shape[1]) >= clip.shape[1] - latents)
-    return dmd.student_loss(clip, g, counts), jnp.mean(jnp.abs(g))
+    return dmd.student_loss(judged.clip, g, noised.mask * judged.trained), jnp.mean(jnp.abs(g))
 
   def critic_loss(
     self,
     adapters: PyTree,
     student: PyTree,
-    base: PyTree,
-    prompts: Prompts,
+    bases: dict[str, PyTree],
+    given: Conditions,
     passes: Sequence[tuple[Pass, Pass]],
     key: Array,
   ) -> Array:
     """Loss of the critic on a clip of the student."""
     rolls, levels, rounding = jax.random.split(key, 3)
-    params = stopped(self.with_adapters(base, student))
-    clip = self.noised(stopped(self.clip(params, prompts, passes, rolls, 0)), levels)
-    flat = prompts.blocks.reshape(-1, *prompts.blocks.shape[2:])
-    score = self.score(rounding)
-    return dmd.critic_loss(score, self.with_adapters(base, adapters), clip, flat)
+    params = stopped(self.with_adapters(self.base(STUDENT, bases), student))
+    judged = self.judged(stopped(self.clip(params, given, passes, rolls, 0)), given, len(passes))
+    blocks = judged.clip.shape[1] // self.experiment.model.block_latents
+    score, noised = self.score(CRITIC, blocks, rounding), self.noised(judged, given, levels)
+    params = self.with_adapters(self.base(CRITIC, bases), adapters)
+    return dmd.critic_loss(score, params, noised, judged.prompts)
 
   def update(
     self,
     state: DistillState,
-    base: PyTree,
-    prompts: Prompts,
+    bases: dict[str, PyTree],
+    given: Conditions,
     passes: Sequence[tuple[Pass, Pass]],
     moves: bool,
   ) -> tuple[DistillState, dict[str, Array]]:
-    """A step; with `moves` the student takes part."""
+    """A step; with `moves` the student takes part. `bases`: frozen weights by kind."""
     key = jax.random.fold_in(jax.random.key(self.experiment.train.seed), state.step)
     of_student_key, of_critic_key = jax.random.split(key)
     student, metrics = state.student, {}
     if moves:
       grad = jax.value_and_grad(self.student_loss, has_aux=True)
       (value, size), found = grad(
-        student.params, state.critic.params, base, prompts, passes, of_student_key
+        student.params, state.critic.params, bases, given, passes, of_student_key
       )
       metrics = {
         "student_loss": value,
@@ -236,7 +288,7 @@ class Distillation:
       }
       student = apply_gradients(student, found, self.optimizers[0], of_student(self.experiment))
     value, found = jax.value_and_grad(self.critic_loss)(
-      state.critic.params, state.student.params, base, prompts, passes, of_critic_key
+      state.critic.params, state.student.params, bases, given, passes, of_critic_key
     )
     metrics |= {"loss": value, "grad_norm": optax.tree.norm(found)}
     critic = apply_gradients(state.critic, found, self.optimizers[1], of_critic(self.experiment))

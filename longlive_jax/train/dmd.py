@@ -55,7 +55,12 @@ class Noised(NamedTuple):
 
 
 def noised(
-  clip: Array, noise: Array, timesteps: Array, table: flow.Table, first: Array | None = None
+  clip: Array,
+  noise: Array,
+  timesteps: Array,
+  table: flow.Table,
+  first: Array | None = None,
+  given: Array | None = None,
 ) -> Noised:
   """Noises a clip; a given first latent `[B, 1, H, W, C]` stays, at timestep 0, and does not count.
 
@@ -65,13 +70,15 @@ def noised(
     timesteps: `[B, F]` from `score_timesteps`.
     table: training table.
     first: image-to-video.
+    given: bool `[B]`, the samples that it is given to; None = all.
   """
   clean, sigmas = stopped(clip), flow.sigma_at(table, timesteps)
   noisy, mask = flow.add_noise(clean, noise, sigmas), jnp.ones(timesteps.shape)
   if first is not None:
-    given = jnp.broadcast_to(jnp.arange(clip.shape[1]) == 0, timesteps.shape)
-    noisy = jnp.where(given[..., None, None, None], first, noisy)
-    timesteps, mask = jnp.where(given, 0.0, timesteps), jnp.where(given, 0.0, mask)
+    there = jnp.broadcast_to(jnp.arange(clip.shape[1]) == 0, timesteps.shape)
+    there = there if given is None else there & given[:, None]
+    noisy = jnp.where(there[..., None, None, None], first, noisy)
+    timesteps, mask = jnp.where(there, 0.0, timesteps), jnp.where(there, 0.0, mask)
   return Noised(clean, noise, noisy, timesteps, sigmas, mask)
 
 

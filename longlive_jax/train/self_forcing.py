@@ -6,7 +6,9 @@ timestep 0, without gradient, makes the keys and values that later blocks see. S
 offsets and rotations are the sampler's own (`sample.schedule`), and with an exit at the last step
 the clip is the one that sampling makes.
 
-What a block keeps for the backward pass is its own keys and values, see `model.grown`.
+What a block keeps for the backward pass is its own keys and values, see `model.grown`. Before the
+blocks that are trained, a rollout longer than the window keeps its slots alone, as the sampler
+does.
 
 Two ways of the original are options. `attached`: a later block's gradient reaches the keys of
 earlier last passes, although their values are those of the clean pass. `original`: the clean pass
@@ -22,51 +24,13 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from longlive_jax.model import flow, solvers
 from longlive_jax.model.dit import TextKV
 from longlive_jax.model.grown import BlockKV, Grown
 from longlive_jax.sample.block import Denoiser
-from longlive_jax.sample.schedule import SampleState, Schedule, States, Tables
+from longlive_jax.train.passes import Pass
 from longlive_jax.types import Array, ArrayLike, PyTree
-
-
-class Pass(NamedTuple):
-  """What a pass over a block sees: the sampler's tables, and the block in each slot.
-
-  `order` is int32 `[B, level]`; None = all blocks so far, in order of time, which needs no gather.
-  """
-
-  tables: Tables
-  order: ArrayLike | None
-
-
-def plan_passes(schedule: Schedule, cuts: Sequence[Sequence[bool]]) -> list[tuple[Pass, Pass]]:
-  """The denoising passes and the clean pass of each block.
-
-  Args:
-    schedule: the sampler's policy.
-    cuts: of each block, whether it begins a new shot, one a sample.
-  """
-  states: States = (SampleState(),) * len(cuts[0])
-  passes = []
-  for block, cut in enumerate(cuts):
-    states, tables = schedule.enter(states, block, cut)
-    first = Pass(tables, _order(states, tables.level, block))
-    states, tables = schedule.settle(states, block, cut)
-    passes.append((first, Pass(tables, _order(states, tables.level, block))))
-  return passes
-
-
-def _order(states: States, level: int, block: int) -> np.ndarray | None:
-  everything = tuple(range(block + 1))
-  if all(state.slots.blocks == everything for state in states):
-    return None
-  order = np.zeros((len(states), level), np.int32)
-  for row, state in enumerate(states):
-    order[row, : state.slots.level] = state.slots.blocks
-  return order
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,6 +59,7 @@ class SelfForcing:
     *,
     trained: int,
     first: Array | None = None,
+    given: Array | None = None,
     context_noise: Array | None = None,
   ) -> Array:
     """Makes a clip.
@@ -103,29 +68,34 @@ class SelfForcing:
       params: of the network, differentiated in the last pass of the last blocks.
       noise: `[B, F, H, W, C]` float32, whole blocks.
       texts: keys and values of the prompts of each block.
-      passes: from `plan_passes`.
+      passes: from `passes.plan_passes` for as many trained blocks.
       exits: int32 `[blocks]`, the step at which each block ends, from 0.
       trained: blocks at the end that carry a gradient.
       first: image-to-video: the given first latent `[B, 1, H, W, C]`.
+      given: bool `[B]`, the samples that `first` is given to; None = all.
       context_noise: like `noise`, of the clean passes; for `original`.
 
     Returns:
       Latents `[B, F, H, W, C]` float32.
     """
     blocks = len(passes)
-    made, kept, left = [], [], []
+    made, kept, left = [], (), ()
     starts = jnp.split(noise, blocks, 1)
     fresh = [None] * blocks if context_noise is None else jnp.split(context_noise, blocks, 1)
     for number, (entering, settling) in enumerate(passes):
-      given, block_params, text = first if number == 0 else None, params, texts[number]
+      block_params, text = params, texts[number]
       if number < blocks - trained:
         block_params, text, starts[number] = stopped((params, text, starts[number]))
-      block = Block(starts[number], text, exits[number], given, fresh[number])
+      block = Block(starts[number], text, exits[number], fresh[number])
+      if number == 0:
+        block = block._replace(first=first, given=given)
       seen = self.history(number, kept, left)
       clean, keys = self._denoise(block_params, block, entering, seen)
       made.append(clean)
-      kept.append(stopped(self._commit(params, block, clean, settling, stopped(seen))))
-      left.append(keys)
+      kept = *kept, stopped(self._commit(params, block, clean, settling, stopped(seen)))
+      left = *left, keys
+      if settling.keeps_slots:
+        kept = left = picked(kept, settling.order)
     return jnp.concatenate(made, 1)
 
   def history(
@@ -192,26 +162,42 @@ class SelfForcing:
 
 
 class Block(NamedTuple):
-  """One block of a rollout: its noise, prompts, exit step, given first latent, context noise."""
+  """One block of a rollout: its noise, prompts, exit step, context noise, given first latent."""
 
   noise: Array
   text: TextKV
   exit: Array
-  first: Array | None
-  fresh: Array | None
+  fresh: Array | None = None
+  first: Array | None = None
+  given: Array | None = None
 
   @property
   def given_mask(self) -> Array:
     """bool `[B, F_b]`: latents that are given."""
     batch, latents = self.noise.shape[:2]
     rows = (jnp.arange(latents) == 0) & (self.first is not None)
-    return jnp.broadcast_to(rows, (batch, latents))
+    whole = jnp.broadcast_to(rows, (batch, latents))
+    return whole if self.given is None else whole & self.given[:, None]
 
   def clamp(self, x: Array) -> Array:
     """x with the given latent in its place."""
     if self.first is None:
       return x
     return jnp.where(self.given_mask[..., None, None, None], self.first, x)
+
+
+def picked(kept: Sequence[BlockKV], order: ArrayLike | None) -> tuple[BlockKV, ...]:
+  """For each slot the keys and values `[layers, B, S_b, N, D]` in the places `order [B, level]`."""
+  if order is None:
+    return tuple(kept)
+  chosen = jnp.asarray(order)[None, :, :, None, None, None]
+
+  def pick(*blocks: Array) -> list[Array]:
+    found = jnp.take_along_axis(jnp.stack(blocks, 2), chosen, 2)
+    return [found[:, :, slot] for slot in range(found.shape[2])]
+
+  keys, values = (pick(*blocks) for blocks in zip(*kept, strict=True))
+  return tuple(map(BlockKV, keys, values))
 
 
 def with_gradient(values: BlockKV, source: BlockKV) -> BlockKV:

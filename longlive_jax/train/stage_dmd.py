@@ -1,5 +1,6 @@
 """Stage "dmd": distils the transformer into a student of few steps, as adapters."""
 
+import dataclasses
 import functools
 from pathlib import Path
 from typing import Any
@@ -12,15 +13,17 @@ from jax.sharding import Mesh
 from longlive_jax.config import Experiment
 from longlive_jax.model.dit import cast_params
 from longlive_jax.model.lora import merge
+from longlive_jax.model.vae import from_uint8
 from longlive_jax.parallel.mesh import mesh_of, replicate, split_batch
-from longlive_jax.quant.policy import quantise_params
+from longlive_jax.quant.policy import quantise_params, quantised_ops
 from longlive_jax.sample.sampler import Models
 from longlive_jax.sample.schedule import Schedule
-from longlive_jax.train.clips import block_prompts, find_cuts, make_clips
-from longlive_jax.train.distill import Distillation, DistillState, Prompts
+from longlive_jax.train.distill import PLAIN, QUANTISED, ROLES, Conditions, Distillation
+from longlive_jax.train.distill_feed import open_feed
+from longlive_jax.train.distill_state import DistillState
 from longlive_jax.train.loop import Rider, run
+from longlive_jax.train.passes import last_seen, plan_passes
 from longlive_jax.train.rollouts import Rollouts
-from longlive_jax.train.self_forcing import plan_passes
 from longlive_jax.types import Array, PyTree
 
 
@@ -31,26 +34,47 @@ def train_dmd(
 
   Args:
     experiment: checked experiment, `train.stage` "dmd".
-    models: VAE, text encoder, and the transformer: teacher, and base of student and critic.
+    models: VAE, text encoder, and the transformer: teacher, and frozen weights of student and
+      critic; its ops quantise nothing. The transformer's parameters are taken out of
+      `models.params`: on the devices there is what the run multiplies with, and nothing else.
     workdir: checkpoints, metrics and videos.
-    mesh: default that of all devices; a batch is split over it, all else is on every device.
+    mesh: default that of all devices; a batch is split over it, and with `parallel.seq` the blocks
+      of a clip; weights are whole on every device.
 
   Returns:
-    (the transformer with the averaged student merged into it, float32; the averaged adapters).
+    (the transformer with the averaged student merged into it, in the dtype that it came in; the
+    averaged adapters).
   """
-  mesh, work = mesh or mesh_of(experiment), Distillation(experiment, models)
-  wide, alpha = jax.device_get(models.params["dit"]), experiment.distill.alpha
-  rider = Dmd(work, mesh)
-  rollouts = Rollouts(experiment, models, workdir) if experiment.io.evaluate_every_steps else None
+  mesh, work_of = mesh or mesh_of(experiment), functools.partial(Distillation, experiment, models)
+  wide, alpha = take_over(models, mesh), experiment.distill.alpha
+  rider = Dmd(work_of(mesh), frozen(work_of(mesh), wide))
+  quantised = quantised_ops(models.ops, experiment.quant, models.dit.abstract)
+  shown = dataclasses.replace(models, ops=quantised)
+  rollouts = Rollouts(experiment, shown, workdir) if experiment.io.evaluate_every_steps else None
 
   def show(step: int, adapters: PyTree) -> None:
     if rollouts is not None:
       rollouts(step, merge(jax.device_put(wide), jax.device_get(adapters), alpha))
 
-  state = replicate(work.start(), mesh)
+  state = replicate(rider.work.start(), mesh)
   state = run(experiment, workdir, state, rider, rider, rollouts=show if rollouts else None)  # type: ignore[arg-type]
   adapters = jax.device_get(state.ema)
   return merge(jax.device_put(wide), adapters, alpha), adapters
+
+
+def take_over(models: Models, mesh: Mesh) -> PyTree:
+  """The transformer's parameters on the host, and no longer in `models.params`."""
+  return jax.device_get(replicate(models.params.pop("dit"), mesh))
+
+
+def frozen(work: Distillation, wide: PyTree) -> dict[str, PyTree]:
+  """Frozen weights of each kind that some network has, on every device."""
+  cfg, kinds = work.experiment, {work.kind(role) for role in ROLES}
+  narrow = cast_params(wide, cfg.model.dtype)
+  made = {PLAIN: replicate(narrow, work.mesh)} if PLAIN in kinds else {}
+  if QUANTISED in kinds:
+    made[QUANTISED] = replicate(quantise_params(narrow, cfg.quant), work.mesh)
+  return made
 
 
 class Dmd(Rider):
@@ -58,67 +82,83 @@ class Dmd(Rider):
 
   Args:
     work: networks and losses.
-    mesh: of the run.
+    bases: frozen weights, see `frozen`.
   """
 
-  def __init__(self, work: Distillation, mesh: Mesh):
-    experiment, models = work.experiment, work.models
-    self.experiment, self.mesh, self.done = experiment, mesh, 0
+  def __init__(self, work: Distillation, bases: dict[str, PyTree]):
+    experiment, models, mesh = work.experiment, work.models, work.mesh
+    self.experiment, self.work, self.done, self.samples = experiment, work, 0, 0
     self.schedule = Schedule.of(experiment)
-    self.feed = PromptFeed(experiment, models)
-    base = quantise_params(
-      cast_params(models.params["dit"], experiment.model.dtype), experiment.quant
-    )
-    self.given = replicate((base, models.params["text"]), mesh)
+    self.feed = open_feed(experiment, models, mesh)
+    needed = {name: models.params[name] for name in ("text", "vae")}
+    self.given = replicate((bases, needed), mesh)
     self.nothing = models.tokenizer([experiment.sample.negative_prompt])
     self.student: dict[str, Array | float] = {}
 
     @functools.partial(jax.jit, static_argnames="moves", donate_argnums=0)
     def update(
-      state: DistillState, given: Any, tokens: Any, nothing: Any, passes: Any, moves: bool
+      state: DistillState, given: Any, drawn: Any, nothing: Any, passes: Any, moves: bool
     ) -> tuple[DistillState, dict[str, Array]]:
-      base, text = given
-      encode = functools.partial(models.text.bind(text), dtype=experiment.model.text.dtype)
-      ids, masks = split_batch(tokens, mesh)
-      batch, blocks, length = ids.shape
-      found = encode(ids.reshape(-1, length), masks.reshape(-1, length))
-      prompts = Prompts(found.reshape(batch, blocks, length, -1), encode(*nothing)[0])
-      return work.update(state, base, prompts, passes, moves)
+      bases, params = given
+      conditions = conditions_of(work, params, state.step, drawn, nothing)
+      return work.update(state, bases, conditions, passes, moves)
 
     self.update = update
 
   def __call__(self, state: DistillState) -> tuple[DistillState, dict[str, Array | float]]:
-    tokens, cuts = self.feed(self.done)
-    moves = self.done % self.experiment.distill.student_every == 0
-    passes = plan_passes(self.schedule, cuts)
-    state, metrics = self.update(state, self.given, tokens, self.nothing, passes, moves=moves)
-    self.done += 1
+    drawn, distill = self.feed(self.done), self.experiment.distill
+    moves = self.done % distill.student_every == 0
+    passes = plan_passes(self.schedule, drawn.cuts, distill.trained_blocks or len(drawn.cuts))
+    arrays = (drawn.tokens, drawn.masks, drawn.first, last_seen(self.schedule, drawn.cuts))
+    state, metrics = self.update(state, self.given, arrays, self.nothing, passes, moves=moves)
+    self.done, self.samples = self.done + 1, self.samples + self.experiment.train.batch
     if moves:
       self.student = {n: v for n, v in metrics.items() if n.startswith("student_")}
     return state, {**self.student, **metrics}
 
+  def snapshot(self) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+    return {}, {"samples": self.samples, "files": self.feed.fingerprint}
+
   def restore(self, done: int, arrays: dict[str, np.ndarray], extra: dict[str, Any]) -> None:
     self.done = done
+    self.samples = int(extra.get("samples", done * self.experiment.train.batch))
+    if extra.get("files", self.feed.fingerprint) != self.feed.fingerprint:
+      logging.warning("the files of data.path='%s' have changed", self.experiment.data.path)
+    self.feed.start(self.samples)
+
+  def close(self) -> None:
+    self.feed.close()
 
 
-class PromptFeed:
-  """Prompts and cuts of clips of the shapes world; a step draws its own from (seed, step)."""
+def conditions_of(
+  work: Distillation, params: dict[str, PyTree], step: Array, drawn: Any, nothing: Any
+) -> Conditions:
+  """Embeddings, first latents and who is given them.
 
-  def __init__(self, experiment: Experiment, models: Models):
-    data, self.train = experiment.data, experiment.train
-    specs, lengths = make_clips(experiment, data.clips, data.seed)
-    prompts: list[str] = []
-    self.cuts = np.zeros((data.clips, data.blocks), bool)
-    for row, (spec, shots) in enumerate(zip(specs, lengths, strict=True)):
-      cuts, shot_of = find_cuts(spec, shots), np.repeat(np.arange(len(shots)), shots)
-      prompts += block_prompts(spec, shot_of, cuts, experiment.sample.cut_prefix)[: data.blocks]
-      self.cuts[row, [cut for cut in cuts if cut < data.blocks]] = True
-    shape = (data.clips, data.blocks, -1)
-    self.tokens, self.masks = (a.reshape(shape) for a in models.tokenizer(prompts))
-    logging.info("prompts of %d clips", data.clips)
+  Args:
+    work: networks.
+    params: of "text" and "vae".
+    step: steps done.
+    drawn: tokens and masks `[B, P, L]`, `Drawn.first`, `last_seen`.
+    nothing: tokens and mask `[1, L]` of the negative prompt.
+  """
+  experiment, models = work.experiment, work.models
+  tokens, masks, first, seen = drawn
+  ids, mask = split_batch((tokens, masks), work.mesh)
+  batch, blocks, length = ids.shape
+  encode = functools.partial(models.text.bind(params["text"]), dtype=experiment.model.text.dtype)
+  found = encode(ids.reshape(-1, length), mask.reshape(-1, length))
+  prompts = found.reshape(batch, blocks, length, -1)
+  given, share = None, experiment.train.first_latent_share
+  if first is not None:
+    key = jax.random.fold_in(jax.random.key(experiment.train.seed), step)
+    given = jax.random.bernoulli(jax.random.fold_in(key, 2), share, (batch,))
+    first = first_latents(work, params["vae"], first)
+  return Conditions(prompts, encode(*nothing)[0], first, given, seen)
 
-  def __call__(self, step: int) -> tuple[tuple[np.ndarray, np.ndarray], list[list[bool]]]:
-    """((tokens, masks) `[B, P, L]`, cuts of each block, one a sample)."""
-    rng = np.random.default_rng((self.train.seed, step))
-    rows = rng.integers(len(self.cuts), size=self.train.batch)
-    return (self.tokens[rows], self.masks[rows]), self.cuts[rows].T.tolist()
+
+def first_latents(work: Distillation, params: PyTree, first: Array) -> Array:
+  """`[B, 1, h, w, C]` float32 of first frames or latents."""
+  if first.dtype != np.uint8:
+    return first.astype(np.float32)
+  return work.models.vae.bind(params).encode(from_uint8(split_batch(first, work.mesh)[:, None]))

@@ -16,7 +16,8 @@ from longlive_jax.model.rope import video_rope
 from longlive_jax.sample.block import Denoiser
 from longlive_jax.sample.schedule import Schedule
 from longlive_jax.train import dmd
-from longlive_jax.train.self_forcing import Pass, SelfForcing, plan_passes, with_gradient
+from longlive_jax.train.passes import Pass, plan_passes
+from longlive_jax.train.self_forcing import SelfForcing, with_gradient
 from longlive_jax.types import Array, PyTree
 from tests.parity.networks import (
   compare_gradient,

@@ -16,7 +16,8 @@ from longlive_jax.model.ops import REFERENCE
 from longlive_jax.sample.block import Denoiser
 from longlive_jax.sample.rollout import Engine
 from longlive_jax.sample.schedule import Schedule
-from longlive_jax.train.self_forcing import SelfForcing, plan_passes
+from longlive_jax.train.passes import last_seen, plan_passes
+from longlive_jax.train.self_forcing import SelfForcing
 from longlive_jax.types import Array, PyTree
 
 CFG = Model(
@@ -86,16 +87,19 @@ def trained(
   *,
   relative: bool = False,
   first: Array | None = None,
+  given: Array | None = None,
   count: int = BLOCKS,
   noise: Array = NOISE,
   student: SelfForcing | None = None,
 ) -> Array:
   """The clip that the rollout of training makes."""
   student = student or SelfForcing(Denoiser(NETWORK, CFG, SOLVER))
-  passes = plan_passes(Schedule.of(experiment(relative)), CUTS)
+  passes = plan_passes(Schedule.of(experiment(relative)), CUTS, count)
   model = NETWORK.bind(params)
   texts = [model.text_kv(prompts, student.denoiser.ops) for prompts in PROMPTS]
-  return student.rollout(params, noise, texts, passes, exits, trained=count, first=first)
+  return student.rollout(
+    params, noise, texts, passes, exits, trained=count, first=first, given=given
+  )
 
 
 @pytest.mark.parametrize("relative", [False, True])
@@ -104,6 +108,29 @@ def test_the_clip_is_that_of_the_sampler(relative: bool):
   for first in (None, FIRST):
     run = jax.jit(functools.partial(trained, relative=relative, first=first))
     np.testing.assert_array_equal(run(PARAMS), sampled(relative, first))
+
+
+def test_a_long_clip_that_keeps_its_slots_alone_is_the_same():
+  """Before the trained blocks; pins and cuts differ between the samples."""
+  run = jax.jit(functools.partial(trained, first=FIRST, count=1))
+  np.testing.assert_array_equal(run(PARAMS), sampled(False, FIRST))
+  passes = plan_passes(Schedule.of(experiment(False)), CUTS, 1)
+  assert [settling.keeps_slots for _, settling in passes] == [False] * 3 + [True, False]
+  np.testing.assert_array_equal(passes[-1][0].order, [[0, 3, 2], [0, 1, 3]])
+
+
+def test_only_some_samples_are_given_their_first_latent():
+  given = jnp.asarray([False, True])
+  run = jax.jit(functools.partial(trained, first=FIRST, given=given))(PARAMS)
+  np.testing.assert_array_equal(run[0], sampled(False, None)[0])
+  np.testing.assert_array_equal(run[1], sampled(False, FIRST)[1])
+
+
+def test_the_blocks_that_are_seen_at_the_end():
+  """Sink, pin (block 2 of one sample) and the newest; all of a clip that fits the window."""
+  schedule = Schedule.of(experiment(False))
+  np.testing.assert_array_equal(last_seen(schedule, CUTS), [[0, 2, 4], [0, 1, 4]])
+  assert last_seen(schedule, CUTS[:3]) is None
 
 
 @pytest.fixture(scope="module")

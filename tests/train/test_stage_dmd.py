@@ -43,15 +43,15 @@ SETTINGS = {
 
 
 def distil(
-  root: Path, folder: Path, devices: int = 1, **settings: Any
+  root: Path, folder: Path, devices: int = 1, shake: float = 0.05, **settings: Any
 ) -> tuple[PyTree, PyTree, PyTree]:
   """(base, merged student, adapters) of a run; `settings` with two underscores for dots."""
   changed = {name.replace("__", "."): value for name, value in settings.items()}
   experiment = load_config(root / "configs/tiny.py:dmd", {**SETTINGS, **changed})
   mesh = mesh_of(experiment, jax.devices()[:devices])
-  models = build_models(experiment, mesh)
+  models = build_models(experiment, mesh, narrow=True, plain=True)
   models.params["dit"] = jax.tree.map(  # fresh heads are 0, and so would be all gradients
-    lambda a: a + 0.05 * jax.random.normal(jax.random.key(a.size), a.shape), models.params["dit"]
+    lambda a: a + shake * jax.random.normal(jax.random.key(a.size), a.shape), models.params["dit"]
   )
   base = jax.device_get(models.params["dit"])
   merged, adapters = train_dmd(experiment, models, folder, mesh)
@@ -100,18 +100,60 @@ def test_a_batch_may_be_split_over_devices(root, whole, tmp_path):
     assert ours[name] == pytest.approx(theirs[name], rel=5e-5)
 
 
+# five blocks in four slots, without a sink; half of the samples are given their first latent
+LONG = {
+  "model__heads": 4,
+  "model__layers": 1,
+  "model__block_latents": 4,
+  "data__blocks": 5,
+  "data__clip_blocks": 5,
+  "distill__trained_blocks": 1,
+  "distill__clean_history": True,
+  "sample__window_latents": 16,
+  "sample__sink_latents": 0,
+  "train__batch": 2,
+  "train__first_latent_share": 0.5,
+  "train__steps": 1,
+}
+
+
+@pytest.fixture(scope="module")
+def long(root, tmp_path_factory):
+  folder = tmp_path_factory.mktemp("long")
+  distil(root, folder, shake=0.2, **LONG)
+  return read_metrics(folder)
+
+
+def test_clips_longer_than_the_window_are_trained_on(long):
+  """Teacher and critic see what the window shows: a pinned block and the newest ones."""
+  assert long[0]["student_grad_norm"] > 1e-3 and np.isfinite(long[0]["loss"])
+
+
+@pytest.mark.parametrize("seq", [2, 4])
+def test_a_clip_may_be_shared_by_devices(root, long, tmp_path, seq):
+  """Two samples a group of devices."""
+  distil(root, tmp_path, devices=seq, shake=0.2, parallel__seq=seq, **LONG)
+  (ours,) = read_metrics(tmp_path)
+  for name in ("loss", "grad_norm", "student_loss", "student_direction", "student_grad_norm"):
+    assert ours[name] == pytest.approx(long[0][name], rel=1e-5), name
+
+
 @pytest.mark.parametrize(
   ("settings", "message"),
   [
-    ({"train.first_latent_share": 0.5}, "train.first_latent_share=0.5 is for train.stage=ar"),
+    ({"data.pad": True}, "data.pad=True is for train.stage=ar"),
+    ({"distill.quantised": ("pupil",)}, "distill.quantised='pupil'"),
+    ({"quant.linears": "fp8"}, "quant.linears=fp8 has no gradients"),
     ({"sample.guidance": 2.0}, "sample.guidance=2.0 is of a student"),
     ({"distill.trained_blocks": 3}, "distill.trained_blocks=3 must be at most data.blocks=2"),
     ({"distill.rank": 0}, "distill.rank=0 must be at least 1"),
     ({"distill.layers": ("(",)}, "no regular expression"),
-    ({"parallel.seq": 2}, "parallel.seq=2 is for train.stage=ar"),
+    ({"parallel.fsdp": 2}, "parallel.fsdp=2 is for train.stage=ar"),
+    ({"parallel.seq": 2, "data.blocks": 3}, "parallel.seq=2 must divide.*the 3 blocks that are"),
+    ({"parallel.seq": 2, "parallel.layout": "plain"}, "takes parallel.layout=balanced"),
     ({"quant.cache": "nvfp4", "model.width": 32}, "quant.cache=none"),
   ],
 )
 def test_settings_that_do_not_fit_are_refused(root, settings, message):
   with pytest.raises(ValueError, match=message):
-    load_config(root / "configs/tiny.py:dmd", {**SETTINGS, **settings})
+    mesh_of(load_config(root / "configs/tiny.py:dmd", {**SETTINGS, **settings}))
