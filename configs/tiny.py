@@ -1,9 +1,18 @@
 """The embedded default: the shapes world at 96x160, faster than 24 frames a second on two cores.
 
-Variants, joined by commas: "" (text to video), "i2v" (the first latent is given), "vae" (train the
-autoencoder), "ar" (train the transformer, in bfloat16), "dmd" (distil it into four steps).
+Variants, joined by commas, each changing what those before it say:
+  ""          text to video in four steps
+  "teacher"   the weights without adapters, in 16 steps
+  "nvfp4"     linear layers and cache in NVFP4
+  "vae"       train the autoencoder
+  "ar"        train the transformer, in bfloat16
+  "dmd"       distil it into four steps
+  "2steps"    two steps, in sampling and in distillation
+  "i2v"       the first latent is given in all training samples
+  "nvfp4_training"  ... with linear layers in NVFP4
 """
 
+from configs.common import nvfp4_training
 from longlive_jax.checks import check_choice
 from longlive_jax.config.schema import (
   Data,
@@ -53,7 +62,7 @@ def get_config(variant: str = "") -> Experiment:
       ),
     ),
     video=Video(height=96, width=160, fps=24),
-    sample=Sample(steps=16, cut_prefix="Cut. ", relative_rope=True),
+    sample=Sample(steps=4, cut_prefix="Cut. ", relative_rope=True),
     data=Data(clips=8192),
     io=Io(checkpoint="tiny", compile_cache=".jax_cache"),
   )
@@ -92,6 +101,7 @@ def train_ar(config: Experiment) -> None:
 
   Most samples are text to video; a share of them is given its first latent.
   """
+  teacher(config)
   config.model.dtype = "bfloat16"
   config.data.clips, config.data.clip_blocks, config.data.max_shots = 4096, 16, 8
   config.data.far_share, config.data.change_share = 0.6, 0.3
@@ -118,18 +128,48 @@ def train_ar(config: Experiment) -> None:
 def distil(config: Experiment) -> None:
   """Stage "dmd", from the transformer of `io.checkpoint`."""
   config.model.dtype = "bfloat16"
-  config.sample.steps = 4
   config.data.clips, config.data.max_shots, config.data.change_share = 4096, 4, 0.3
   config.train = Train(
     stage="dmd",
-    steps=3000,
-    batch=32,
+    steps=1400,
+    batch=96,
     lr=2e-4,
     final_lr_fraction=0.1,
     warmup_steps=50,
     ema=0.98,
   )
-  config.distill = Distill(rank=32, alpha=32.0, critic_lr=2e-4)
+  config.distill = Distill(
+    rank=32, alpha=32.0, critic_lr=2e-4, student_every=4, guidance=0.0, clean_history=True
+  )
 
 
-VARIANTS = {"ar": train_ar, "dmd": distil, "i2v": first_latent, "vae": train_vae}
+def two_steps(config: Experiment) -> None:
+  """Two steps instead of four, in sampling with the adapters that ship for it."""
+  config.sample.steps = 2
+  if config.train.stage == "dmd":  # there is more to learn
+    config.train.lr = config.distill.critic_lr = 4e-4
+  else:
+    config.io.adapters = "tiny_2steps"
+
+
+def teacher(config: Experiment) -> None:
+  """The transformer before distillation."""
+  config.sample.steps, config.io.adapters = 16, ""
+
+
+def nvfp4(config: Experiment) -> None:
+  """Linear layers and cache in NVFP4, for sampling."""
+  config.model.dtype = "bfloat16"
+  config.quant.linears = config.quant.cache = "nvfp4"
+
+
+VARIANTS = {
+  "2steps": two_steps,
+  "ar": train_ar,
+  "dmd": distil,
+  "i2v": first_latent,
+  "nvfp4": nvfp4,
+  "nvfp4_training": nvfp4_training,
+  "teacher": teacher,
+  "vae": train_vae,
+}

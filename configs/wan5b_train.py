@@ -1,15 +1,16 @@
 """Wan2.2-TI2V-5B made autoregressive: teacher forcing on 96 latents (12 blocks), stage 1.
 
-Variants: "" (text to video) and "i2v" (the first latent is given).
+Variants, joined by commas: "" (text to video), "i2v" (the first latent is given), "nvfp4_training"
+(linear layers in NVFP4).
 """
 
+from configs.common import nvfp4_training
 from longlive_jax.checks import check_choice
 from longlive_jax.config.schema import Experiment
 
 
 def get_config(variant: str = "") -> Experiment:
-  """The 5B model for training; `variant` is "" or "i2v"."""
-  check_choice("variant of configs/wan5b_train.py", variant, ("", "i2v"))
+  """The 5B model for training."""
   config = Experiment(name="wan5b")
   config.model.vae.dtype = "bfloat16"
   config.model.text.dtype = "bfloat16"
@@ -28,7 +29,17 @@ def get_config(variant: str = "") -> Experiment:
   train.weight_decay = 0.0
   train.remat = "attention"
   train.ema, train.ema_start_step = 0.99, 100
-  train.first_latent_share = float(variant == "i2v")
   config.io.checkpoint_every_steps = 15
   config.io.keep_checkpoints = 20
+  for name in filter(None, variant.split(",")):
+    check_choice("variant of configs/wan5b_train.py", name, tuple(VARIANTS))
+    VARIANTS[name](config)
   return config
+
+
+def first_latent(config: Experiment) -> None:
+  """Image to video alone."""
+  config.train.first_latent_share = 1.0
+
+
+VARIANTS = {"i2v": first_latent, "nvfp4_training": nvfp4_training}

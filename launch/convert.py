@@ -19,7 +19,6 @@ from pathlib import Path
 from absl import flags, logging
 from tqdm import tqdm
 
-from longlive_jax.build import find_checkpoint
 from longlive_jax.checks import check_choice
 from longlive_jax.config import Experiment
 from longlive_jax.config.load import define_config_flag, from_flags, run_main
@@ -33,6 +32,7 @@ from longlive_jax.convert.sources import open_source
 from longlive_jax.io.atomic import check_writable
 from longlive_jax.quant.qtensor import ROW_BLOCKS, SQUARE_BLOCKS
 from longlive_jax.quant.rules import RULES
+from longlive_jax.weights import find_checkpoint
 
 CONFIG = define_config_flag()
 SOURCE = flags.DEFINE_string("source", "", "checkpoint to read; for inspect, any file or folder")

@@ -20,7 +20,7 @@ import numpy as np
 from absl import flags
 from tqdm import tqdm
 
-from longlive_jax.build import Pipeline, enable_compile_cache, holds_nvfp4
+from longlive_jax.build import Pipeline, enable_compile_cache
 from longlive_jax.config import Experiment
 from longlive_jax.config.load import (
   define_config_flag,
@@ -35,6 +35,7 @@ from longlive_jax.eval import shapes_score
 from longlive_jax.eval.similarity import psnr
 from longlive_jax.io.atomic import check_writable, replacing
 from longlive_jax.sample.latents import split_blocks
+from longlive_jax.weights import holds_nvfp4
 
 CONFIG = define_config_flag()
 SCRIPTS = flags.DEFINE_integer("scripts", 128, "scripts to generate", lower_bound=1)

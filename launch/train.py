@@ -18,7 +18,7 @@ from typing import Any
 from absl import flags
 
 from launch.processes import define_process_flags
-from longlive_jax.build import build_models, enable_compile_cache, holds_nvfp4
+from longlive_jax.build import build_models, enable_compile_cache
 from longlive_jax.config import Experiment
 from longlive_jax.config.load import define_config_flag, from_flags, run_main, to_json
 from longlive_jax.eval.plan_text import dry_run
@@ -30,6 +30,7 @@ from longlive_jax.train.loop import steps_done
 from longlive_jax.train.stage_ar import train_ar
 from longlive_jax.train.stage_dmd import train_dmd
 from longlive_jax.train.stage_vae import train_vae
+from longlive_jax.weights import holds_nvfp4
 
 CONFIG = define_config_flag()
 PROCESSES = define_process_flags()
@@ -108,6 +109,11 @@ def main(argv: list[str]) -> None:
     raise ValueError(
       f"io.checkpoint='{experiment.io.checkpoint}' holds weights in NVFP4, which are for sampling;"
       " train from the ones they were made of"
+    )
+  if experiment.io.adapters not in ("", "auto"):
+    raise ValueError(
+      f"io.adapters={experiment.io.adapters!r} is for sampling; to train from them, merge them"
+      " with launch.convert first"
     )
   with PROCESSES.joined():
     enable_compile_cache(experiment)

@@ -1,19 +1,15 @@
 """From an experiment to something that runs: the single place that sees every layer."""
 
 import dataclasses
-import functools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
 from absl import logging
 from jax.sharding import Mesh
 
 from longlive_jax.config import Experiment
-from longlive_jax.config.load import load_config, read_saved
-from longlive_jax.config.walk import differences
-from longlive_jax.io.checkpoint import MismatchError, load_params, read_metadata
+from longlive_jax.config.load import load_config
 from longlive_jax.model.dit import declare_dit, separate_layers
 from longlive_jax.model.module import Network
 from longlive_jax.model.narrow import narrowed
@@ -22,14 +18,12 @@ from longlive_jax.model.text import declare_text, frozen_params
 from longlive_jax.model.tokenizer import load_tokenizer
 from longlive_jax.model.vae import declare_vae
 from longlive_jax.parallel.mesh import sampling_mesh
-from longlive_jax.parallel.rules import RULES, WHOLE, Rule, placed, shardings_of
+from longlive_jax.parallel.rules import RULES, WHOLE, Rule, shardings_of
 from longlive_jax.parallel.share import shared_ops
 from longlive_jax.quant.policy import quantise_params, quantised_ops
 from longlive_jax.sample.sampler import Models, Sampler
 from longlive_jax.types import PyTree
-
-ASSETS = Path(__file__).parent / "assets"
-STORED_QUANT = ("linears", "layers", "weights", "weight_blocks")  # what NVFP4 weights depend on
+from longlive_jax.weights import find_checkpoint, load_networks, with_adapters
 
 
 def enable_compile_cache(experiment: Experiment) -> None:
@@ -89,22 +83,6 @@ def declare_networks(experiment: Experiment) -> dict[str, Network]:
   }
 
 
-def find_checkpoint(name: str) -> Path:
-  """The folder of a checkpoint: a path, or the name of a set of weights that ships.
-
-  Raises:
-    FileNotFoundError: there is no such folder.
-  """
-  for folder in (Path(name), ASSETS / name):
-    if (folder / "config.json").is_file():
-      return folder
-  shipped = sorted(file.parent.name for file in ASSETS.glob("*/config.json"))
-  raise FileNotFoundError(
-    f"io.checkpoint={name!r} is neither a checkpoint folder nor one of the shipped"
-    f" weights: {', '.join(shipped) or 'none'}"
-  )
-
-
 def fresh_params(
   experiment: Experiment,
   networks: dict[str, Network],
@@ -119,70 +97,6 @@ def fresh_params(
     frozen = frozen_params(networks["text"], text)
     params["text"] = jax.device_put(frozen, places["text"]) if mesh else frozen
   return params
-
-
-def holds_nvfp4(experiment: Experiment) -> bool:
-  """Whether `io.checkpoint` names weights that are stored in NVFP4."""
-  name = experiment.io.checkpoint
-  return bool(name) and read_metadata(find_checkpoint(name)).get("dtype") == "nvfp4"
-
-
-def check_stored_quant(experiment: Experiment, folder: Path) -> None:
-  """That weights which are stored in NVFP4 were quantised as the experiment says.
-
-  Raises:
-    ValueError: names the settings that differ.
-  """
-  here, there = experiment.quant, read_saved(folder / "config.json").quant
-  for name in STORED_QUANT:
-    if getattr(here, name) != getattr(there, name):
-      raise ValueError(
-        f"io.checkpoint='{folder}' holds weights in NVFP4 with quant.{name}="
-        f"{getattr(there, name)!r}, not {getattr(here, name)!r}"
-      )
-
-
-def load_networks(
-  experiment: Experiment,
-  networks: dict[str, Network],
-  folder: Path,
-  mesh: Mesh | None = None,
-  *,
-  narrow: bool = False,
-  rules: Mapping[str, Sequence[Rule]] = RULES,
-) -> dict[str, PyTree]:
-  """Parameters of these networks from a checkpoint, whatever dtype is stored; NVFP4 stays.
-
-  Args:
-    experiment: checked experiment.
-    networks: name -> network.
-    folder: of the checkpoint.
-    mesh: on which the parameters are placed.
-    narrow: as `narrowed` has them, so that nothing wider is ever in memory; otherwise float32.
-    rules: how they are placed.
-
-  Raises:
-    ValueError: they do not fit the experiment (names the settings that differ), or are not finite.
-  """
-  abstract = {
-    name: jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, jnp.float32), net.abstract)
-    for name, net in networks.items()
-  }
-  if narrow:
-    abstract = jax.eval_shape(functools.partial(narrowed, cfg=experiment.model), abstract)
-  if "dit" in networks and holds_nvfp4(experiment):
-    check_stored_quant(experiment, folder)
-    quantise = functools.partial(quantise_params, quant=experiment.quant)
-    abstract["dit"] = jax.eval_shape(quantise, abstract["dit"])
-  if mesh:
-    abstract = {name: placed(tree, rules[name], mesh) for name, tree in abstract.items()}
-  try:
-    return load_params(folder, abstract)
-  except MismatchError as error:
-    saved = read_saved(folder / "config.json").model
-    found = differences(saved, experiment.model)
-    names = [f"model.{name}={there!r} there, {here!r} here" for name, there, here in found]
-    raise ValueError(f"io.checkpoint='{folder}': {'; '.join([str(error), *names])}") from error
 
 
 def build_models(
@@ -253,7 +167,7 @@ class Pipeline(Sampler):
 
   @classmethod
   def from_config(cls, experiment: Experiment, *, mesh: Mesh | None = None) -> "Pipeline":
-    """Builds the networks of a checked experiment and loads `io.checkpoint`.
+    """Builds the networks of a checked experiment, loads `io.checkpoint`, merges `io.adapters`.
 
     Matrices are loaded in the dtype in which their network multiplies (`model.dtype` for the
     transformer); those of the transformer are then quantised if `quant.linears` says so.
@@ -266,12 +180,14 @@ class Pipeline(Sampler):
 
     Raises:
       FileNotFoundError: no such checkpoint, or it lacks a network.
-      ValueError: the weights contradict the experiment, or `parallel.seq` cannot be.
+      ValueError: the weights contradict the experiment, `parallel.seq` cannot be, or adapters do
+        not fit.
     """
     shared = mesh is None and experiment.parallel.seq > 1
     mesh = sampling_mesh(experiment) if shared else mesh
     models = build_models(experiment, mesh, narrow=True, shared=shared)
-    dit, network = quantise_params(models.params["dit"], experiment.quant), models.dit
+    dit, network = with_adapters(experiment, models.dit, models.params["dit"], mesh), models.dit
+    dit = quantise_params(dit, experiment.quant)
     if unrolls(experiment):
       dit, network = separate_layers(dit), declare_dit(experiment.model, unrolled=True)
     return cls(dataclasses.replace(models, dit=network, params={**models.params, "dit": dit}))

@@ -10,7 +10,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from longlive_jax import build
+from longlive_jax import build, weights
 from longlive_jax.config import Experiment
 from longlive_jax.config.load import load_config, to_json
 from longlive_jax.io.checkpoint import save_params
@@ -134,15 +134,15 @@ def test_a_checkpoint_with_a_wrong_configuration(tmp_path, experiment, text, lin
 
 
 def test_checkpoints_are_found_by_path_and_by_name(tmp_path, monkeypatch, experiment):
-  monkeypatch.setattr(build, "ASSETS", tmp_path / "assets")
+  monkeypatch.setattr(weights, "ASSETS", tmp_path / "assets")
   line = "io.checkpoint='b' is neither a checkpoint folder nor one of the shipped weights: none"
   with pytest.raises(FileNotFoundError, match=line):
-    build.find_checkpoint("b")
+    weights.find_checkpoint("b")
   shipped = save(tmp_path / "assets" / "b", {}, experiment)
-  assert build.find_checkpoint("b") == shipped
-  assert build.find_checkpoint(str(save(tmp_path / "c", {}, experiment))) == tmp_path / "c"
+  assert weights.find_checkpoint("b") == shipped
+  assert weights.find_checkpoint(str(save(tmp_path / "c", {}, experiment))) == tmp_path / "c"
   with pytest.raises(FileNotFoundError, match="shipped weights: b$"):
-    build.find_checkpoint("d")
+    weights.find_checkpoint("d")
 
 
 def test_weights_of_other_sizes_name_the_settings(root, tmp_path, experiment, params):

@@ -22,6 +22,7 @@ ORDER = (
   "eval",
   "train",
   "convert",
+  "weights",
   "build",
   "serve",
   "launch",

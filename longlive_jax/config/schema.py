@@ -253,6 +253,7 @@ class Io(Section):
   """Where things are read from and written to."""
 
   checkpoint: str = ""  # weights to start from; empty = fresh
+  adapters: str = "auto"  # merged into them for sampling; auto = those they name; empty = none
   checkpoint_every_steps: int = 500
   keep_checkpoints: int = 3
   log_every_steps: int = 50

@@ -10,6 +10,9 @@ from longlive_jax.convert.keys_lora import lora_rows, rank_of
 from longlive_jax.convert.leaves import Leaves, is_packed, merged
 from longlive_jax.convert.sources import Source
 
+# In the metadata of weights: path or name of the adapters that they are sampled with.
+ADAPTERS = "adapters_for_sampling"
+
 
 def number(name: str, value: object) -> float:
   """A finite number above 0; ValueError names it otherwise."""

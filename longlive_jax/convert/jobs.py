@@ -10,9 +10,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from absl import logging
+
 from longlive_jax.config import Experiment
 from longlive_jax.config.load import load_config, to_json
-from longlive_jax.convert.adapters import read_adapters, with_adapters
+from longlive_jax.convert.adapters import ADAPTERS, read_adapters, with_adapters
 from longlive_jax.convert.checkpoints import Checkpoint
 from longlive_jax.convert.leaves import FLOATING, Leaves, cast, is_packed, quantised
 from longlive_jax.convert.write import Progress, write_checkpoint
@@ -140,6 +142,13 @@ def quantise_job(source: Checkpoint, overrides: Mapping[str, object]) -> Job:
   dit = quantised(source.networks["dit"], experiment.quant, experiment.model.dtype)
   networks = {name: cast(n, "bfloat16") for name, n in {**source.networks, "dit": dit}.items()}
   metadata = {**source.metadata, "dtype": "nvfp4"}
+  left_out = metadata.pop(ADAPTERS, None)
+  if left_out and not metadata.get("adapters"):
+    logging.warning(
+      "'%s' is sampled with the adapters '%s', which these weights will not have: to have them,"
+      " merge first",
+      *(source.folder, left_out),
+    )
   return Job(networks, saved_config(experiment), metadata, inputs=source.files)
 
 

@@ -17,10 +17,17 @@ from longlive_jax.config.walk import check_setting_name, settings
 CONFIGS = (
   "configs/tiny.py",
   "configs/tiny.py:i2v",
+  "configs/tiny.py:nvfp4",
+  "configs/tiny.py:teacher",
+  "configs/tiny.py:vae",
+  "configs/tiny.py:ar,nvfp4_training,i2v",
+  "configs/tiny.py:dmd,2steps,nvfp4_training",
+  "configs/wan5b_distill.py",
+  "configs/wan5b_distill.py:2steps,nvfp4_training,i2v",
   "configs/wan5b_sample.py",
   "configs/wan5b_sample.py:base",
   "configs/wan5b_train.py",
-  "configs/wan5b_train.py:i2v",
+  "configs/wan5b_train.py:nvfp4_training,i2v",
 )
 
 
@@ -125,7 +132,7 @@ WRONG = {
   "parallel__fsdp": (3, "train.batch / train.accumulate=8 must be .* parallel.fsdp=3; use 6 or 9"),
   "parallel__layout": ("round", "parallel.layout='round' must be one of balanced, plain"),
   "parallel__halo_latents": (-1, "parallel.halo_latents=-1 must be at least 0"),
-  "data__source": ("tapes", "data.source='tapes' must be one of latents, shapes, videos"),
+  "data__source": ("tapes", "data.source='tapes' must be one of latents, scripts, shapes, videos"),
   "train__accumulate": (3, "train.batch=8 must be .* train.accumulate=3; use 6 or 9"),
   "train__context_noise": (1001.0, "train.context_noise=1001.0 must be at most 1000"),
   "train__recycling__replacement": ("l2", "replacement='l2' must be one of oldest, random"),

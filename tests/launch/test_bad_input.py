@@ -77,6 +77,7 @@ SETTINGS = {
   "--config.sample.steps=0": "sample.steps=0 must be at least 1",
   "--config.sample.seed=-1": "sample.seed=-1 must be at least 0",
   "--config.sample.solver=unipcc": "did you mean 'unipc'?",
+  "--config.io.adapters=none": "io.adapters='none' is neither",
   "--config.sample.windw_latents=8": "did you mean 'sample.window_latents'?",
   "--config.quant.kernels=onn": "quant.kernels='onn' must be one of auto, off, on",
   "--config.model.attention=cudnn": "model.attention=cudnn needs a GPU",
@@ -375,6 +376,7 @@ TRAIN = {
   "--config.data.blocks=9": "data.blocks=9 must be at most data.clip_blocks=4",
   "--config.data.far_share=2.0": "data.far_share=2.0 must be",
   "--config.io.checkpoint=none": "io.checkpoint='none' is neither",
+  "--config.io.adapters=tiny_4steps": "io.adapters='tiny_4steps' is for sampling",
 }
 
 
