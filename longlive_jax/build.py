@@ -23,7 +23,7 @@ from longlive_jax.parallel.share import shared_ops
 from longlive_jax.quant.policy import quantise_params, quantised_ops
 from longlive_jax.sample.sampler import Models, Sampler
 from longlive_jax.types import PyTree
-from longlive_jax.weights import find_checkpoint, load_networks, with_adapters
+from longlive_jax.weights import find_adapters, find_checkpoint, load_networks, with_adapters
 
 
 def enable_compile_cache(experiment: Experiment) -> None:
@@ -183,10 +183,10 @@ class Pipeline(Sampler):
       ValueError: the weights contradict the experiment, `parallel.seq` cannot be, or adapters do
         not fit.
     """
-    shared = mesh is None and experiment.parallel.seq > 1
+    shared, adapters = mesh is None and experiment.parallel.seq > 1, find_adapters(experiment)
     mesh = sampling_mesh(experiment) if shared else mesh
     models = build_models(experiment, mesh, narrow=True, shared=shared)
-    dit, network = with_adapters(experiment, models.dit, models.params["dit"], mesh), models.dit
+    dit, network = with_adapters(adapters, models.dit, models.params["dit"], mesh), models.dit
     dit = quantise_params(dit, experiment.quant)
     if unrolls(experiment):
       dit, network = separate_layers(dit), declare_dit(experiment.model, unrolled=True)

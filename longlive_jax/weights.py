@@ -118,19 +118,16 @@ def adapters_for(experiment: Experiment) -> str:
   return "" if metadata.get("adapters") else str(metadata.get(ADAPTERS, ""))
 
 
-def with_adapters(
-  experiment: Experiment, network: Network, params: PyTree, mesh: Mesh | None = None
-) -> PyTree:
-  """The transformer's parameters with the adapters of `io.adapters`, in their own dtype.
+def find_adapters(experiment: Experiment) -> Path | None:
+  """The folder of the adapters of `io.adapters`; None without. Reads no weights.
 
   Raises:
     FileNotFoundError: there is no such checkpoint.
-    ValueError: there are no weights to merge into, they are packed or have adapters already, or the
-      adapters are of another model.
+    ValueError: there are no weights to merge into, or they are packed or have adapters already.
   """
   name, checkpoint = adapters_for(experiment), experiment.io.checkpoint
   if not name:
-    return params
+    return None
   if not checkpoint:
     raise ValueError(f"io.adapters={name!r} needs io.checkpoint, the weights they are for")
   if read_metadata(find_checkpoint(checkpoint)).get("adapters"):
@@ -140,7 +137,25 @@ def with_adapters(
       f"io.adapters={name!r} cannot be merged into NVFP4 weights; merge, then quantise, with"
       " launch.convert"
     )
-  folder = find_checkpoint(name, "io.adapters")
+  return find_checkpoint(name, "io.adapters")
+
+
+def with_adapters(
+  folder: Path | None, network: Network, params: PyTree, mesh: Mesh | None = None
+) -> PyTree:
+  """The transformer's parameters with the adapters in a folder, in their own dtype.
+
+  Args:
+    folder: from `find_adapters`.
+    network: the transformer, declared.
+    params: its parameters.
+    mesh: on which they are.
+
+  Raises:
+    ValueError: the folder holds no adapters, or those of another model.
+  """
+  if folder is None:
+    return params
   try:
     about, saved = read_adapters(read_metadata(folder)), read_saved(folder / "config.json")
     shapes = adapter_shapes(network.abstract, int(about["rank"]), saved.distill.layers)

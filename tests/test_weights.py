@@ -15,7 +15,7 @@ from longlive_jax.io.leaves import flat
 from longlive_jax.model.lora import adapter_shapes, merge
 from longlive_jax.parallel.mesh import make_mesh
 from longlive_jax.types import PyTree
-from longlive_jax.weights import with_adapters
+from longlive_jax.weights import find_adapters, with_adapters
 from tests.launch.tiny import OVERRIDES
 
 LORA = {"name": "student", "rank": 2, "alpha": 4.0}
@@ -74,7 +74,7 @@ def test_what_cannot_be_merged(root, stored, tmp_path):
 
   def refused(line: str, **changed: object) -> None:
     with pytest.raises((ValueError, FileNotFoundError), match=line) as caught:
-      with_adapters(settings(root, **changed), network, dit)
+      with_adapters(find_adapters(settings(root, **changed)), network, dit)
     assert "\n" not in str(caught.value)
 
   refused("io.adapters='.*' needs io.checkpoint", io__adapters=beside)
@@ -84,4 +84,4 @@ def test_what_cannot_be_merged(root, stored, tmp_path):
   refused("has adapters merged in", io__checkpoint=merged, io__adapters=beside)
   other = made(tmp_path / "other", root, {"lora": adapters}, {"lora": {**LORA, "rank": 3}})
   refused(r"io.adapters='.*other': .* has shape \(24, 2\)", io__checkpoint=base, io__adapters=other)
-  assert with_adapters(settings(root, io__checkpoint=merged), network, dit) is dit
+  assert find_adapters(settings(root, io__checkpoint=merged)) is None
