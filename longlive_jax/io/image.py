@@ -14,7 +14,8 @@ def read_image(path: str | Path, height: int, width: int, fit: str = "crop") -> 
   """Reads an image, upright and at the size of the video.
 
   Args:
-    path: any format that Pillow reads; its EXIF orientation is applied.
+    path: any format that Pillow reads; its EXIF orientation is applied, and what is transparent
+      becomes black.
     height: pixels.
     width: pixels.
     fit: "crop" scales until the frame is covered and cuts the rest away evenly; "resize"
@@ -35,7 +36,7 @@ def read_image(path: str | Path, height: int, width: int, fit: str = "crop") -> 
     raise FileNotFoundError(f"image file '{path}' does not exist")
   try:
     with Image.open(path) as opened:
-      image = ImageOps.exif_transpose(opened).convert("RGB")
+      image = on_black(ImageOps.exif_transpose(opened))
   except UNREADABLE as error:
     reason = str(error).split("\n")[0].replace(str(path), "the file")
     raise ValueError(f"image '{path}' cannot be read: {reason}") from error
@@ -46,3 +47,13 @@ def read_image(path: str | Path, height: int, width: int, fit: str = "crop") -> 
     else:
       image = image.resize((width, height), method)
   return np.asarray(image)
+
+
+def on_black(image: Image.Image) -> Image.Image:
+  """An image as RGB, over black where it is transparent."""
+  if image.mode.startswith("I;16"):  # 16 bits of grey, which `convert` would clip
+    return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)).convert("RGB")
+  if not image.has_transparency_data:
+    return image.convert("RGB")
+  picture = image.convert("RGBA")
+  return Image.alpha_composite(Image.new("RGBA", picture.size, "black"), picture).convert("RGB")

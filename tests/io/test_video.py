@@ -298,3 +298,14 @@ def test_replacing_a_folder_keeps_the_old_one_on_failure(tmp_path):
     partial.mkdir()
     (partial / "new").write_text("")
   assert [p.name for p in tmp_path.rglob("*")] == ["a", "new"]
+
+
+def test_what_is_transparent_in_an_image_is_black(tmp_path):
+  pixels = np.full((32, 48, 4), 200, np.uint8)
+  pixels[..., 3], pixels[:, 24:, 3], pixels[0, 0, 3] = 255, 0, 128
+  Image.fromarray(pixels).save(tmp_path / "a.png")
+  found = read_image(tmp_path / "a.png", 32, 48)
+  assert (found[:, 24:] == 0).all() and (found[1:, :24] == 200).all()
+  assert abs(int(found[0, 0, 0]) - 100) <= 1
+  Image.fromarray(np.full((32, 48), 40_000, np.uint16)).save(tmp_path / "b.png")
+  assert (read_image(tmp_path / "b.png", 32, 48) == 40_000 >> 8).all()
