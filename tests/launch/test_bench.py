@@ -150,3 +150,17 @@ def written(tmp_path_factory):
 def test_parts_and_layouts_that_are_not_known(program):
   done = program("bench_train", *TRAIN, "--parts=sideways")
   assert done.code == 2 and "--parts has 'sideways'; use some of vae, text" in done.stderr
+
+
+def test_a_whole_sampler_is_timed(program, tmp_path):
+  out = tmp_path / "rollout.jsonl"
+  done = program("bench_rollout", *TINY, "--config.io.checkpoint=", "--blocks=2", f"--out={out}")
+  assert done.code == 0, done.stderr
+  records = [json.loads(line) for line in out.read_text().splitlines()]
+  assert [record["part"] for record in records] == ["latents", "decode", "frames"]
+  for record in records:
+    assert 0 < record["p10_seconds"] <= record["median_seconds"] <= record["p90_seconds"]
+    assert record["frames_per_second"] == pytest.approx(8 / record["median_seconds"])
+  assert all(seconds > 0 for seconds in records[0]["first_frames_seconds"])
+  wrong = program("bench_rollout", *TINY, "--parts=pictures", f"--out={tmp_path / 'x'}")
+  assert wrong.code == 2 and "use some of latents, decode, frames" in wrong.stderr
