@@ -20,6 +20,7 @@ from longlive_jax.model.vae import declare_vae
 from longlive_jax.parallel.mesh import sampling_mesh
 from longlive_jax.parallel.rules import RULES, WHOLE, Rule, shardings_of
 from longlive_jax.parallel.share import shared_ops
+from longlive_jax.quant.fp8_attention import fp8_attention
 from longlive_jax.quant.policy import quantise_params, quantised_ops
 from longlive_jax.sample.sampler import Models, Sampler
 from longlive_jax.types import PyTree
@@ -59,7 +60,7 @@ def choose_ops(experiment: Experiment) -> Ops:
     )
   chosen = wanted if wanted != "auto" else "cudnn" if able else "jnp"
   logging.info("attention: %s", chosen)
-  dense = cudnn_attention if chosen == "cudnn" else dense_attention
+  dense = {"cudnn": cudnn_attention, "fp8": fp8_attention}.get(chosen, dense_attention)
   return Ops(attend=attend_with(dense), dense=dense)
 
 

@@ -15,7 +15,7 @@ from longlive_jax.config.walk import settings
 
 DTYPES = ("float32", "bfloat16")
 CONVOLUTIONS = ("auto", "conv3d", "conv2d")
-ATTENTIONS = ("auto", "cudnn", "jnp")
+ATTENTIONS = ("auto", "cudnn", "jnp", "fp8")
 SOLVERS = ("unipc", "dpmpp", "euler")
 PRECISIONS = ("none", "nvfp4", "fp8")
 CACHES = ("none", "nvfp4")

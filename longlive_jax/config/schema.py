@@ -83,7 +83,7 @@ class Model(Section):
   eps: float = 1e-6
   rope_theta: float = 10000.0
   dtype: str = "bfloat16"  # of the matrix products
-  attention: str = "auto"  # auto (by capability) | cudnn | jnp
+  attention: str = "auto"  # auto (by capability) | cudnn | jnp | fp8 (sampling, one video)
   text: Text = dataclasses.field(default_factory=Text)
   vae: Vae = dataclasses.field(default_factory=Vae)
 

@@ -1,0 +1,96 @@
+"""FP8 attention against the same sums by hand, and what each switch does to a block."""
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+
+from longlive_jax.build import choose_ops
+from longlive_jax.config.load import load_config
+from longlive_jax.eval import bench_block
+from longlive_jax.eval.bench import relative_error
+from longlive_jax.model.dit import cast_params
+from longlive_jax.model.ops import Ops, attend_with, dense_attention
+from longlive_jax.quant.fp8_attention import fp8_attention
+from longlive_jax.quant.policy import quantise_params
+from longlive_jax.sample.latents import block_shape
+from longlive_jax.types import Array
+from tests.launch.tiny import OVERRIDES
+
+Q, K, V = (
+  jax.random.normal(jax.random.key(i), (2, 12 * n, 3, 16)) for i, n in enumerate((1, 2, 2))
+)
+
+
+def by_hand(q: np.ndarray, k: np.ndarray, v: np.ndarray) -> np.ndarray:
+  """Of one head; float64 but for the roundings of ml_dtypes."""
+
+  def rounded(x: np.ndarray, unit: float) -> np.ndarray:
+    return (x / np.float32(unit)).astype(ml_dtypes.float8_e4m3fn).astype(np.float64)
+
+  units = [np.abs(x).max() / 448 for x in (Q, K, V)]
+  q, k, v = (rounded(x, unit) for x, unit in zip((q, k, v), units, strict=True))
+  scores = q @ k.T * units[0] * units[1] / 4
+  p = np.exp(scores - scores.max(-1, keepdims=True))
+  out = rounded(448 * p.astype(np.float32), 1) / 448 @ v / p.sum(-1, keepdims=True)
+  return rounded(out.astype(np.float32), 1) * units[2]
+
+
+def test_it_is_that_of_the_rounded_numbers():
+  ours = np.asarray(fp8_attention(Q, K, V))
+  for sample in range(2):
+    for head in range(3):
+      expected = by_hand(*(np.asarray(x)[sample, :, head] for x in (Q, K, V)))
+      error = np.linalg.norm(ours[sample, :, head] - expected)
+      assert error < 2e-3 * np.linalg.norm(expected)  # a rounding may fall the other way
+  assert 0.01 < relative_error(ours, dense_attention(Q, K, V)) < 0.08
+
+
+def test_what_it_cannot_do():
+  with pytest.raises(ValueError, match="model.attention=fp8 makes one video at a time"):
+    fp8_attention(Q, K, V, jnp.asarray([3, 4]))
+  with pytest.raises(ValueError, match="model.attention=fp8 has no gradients"):
+    jax.grad(lambda q: jnp.sum(fp8_attention(q, K, V)))(Q)
+  few = fp8_attention(Q, K[:, :5], V[:, :5], jnp.asarray([3, 4]))
+  expected = dense_attention(Q, K[:, :5], V[:, :5], jnp.asarray([3, 4]))
+  np.testing.assert_array_equal(few, expected)
+
+
+# (quant.linears, quant.cache, model.attention) -> relative error of the latents of a block
+SWITCHES = {
+  ("none", "none", "fp8"): 0.03,
+  ("fp8", "none", "auto"): 0.03,
+  ("fp8", "none", "fp8"): 0.04,
+  ("nvfp4", "none", "auto"): 0.12,
+  ("none", "nvfp4", "auto"): 0.03,
+  ("nvfp4", "nvfp4", "auto"): 0.12,
+}
+
+
+@pytest.fixture(scope="module")
+def block():
+  """The latents of a block, full window, for any switches; two layers, the same weights."""
+  sizes = {**OVERRIDES, "model.width": 64, "model.heads": 2, "model.dtype": "bfloat16"}
+  experiment = load_config("configs/tiny.py", sizes)
+  params = bench_block.random_params(experiment, cast_params)
+  caches = bench_block.caches_of(experiment, unrolled=False)
+  noise = jax.random.normal(jax.random.key(4), block_shape(experiment, 1))
+  text = bench_block.random_text(experiment)
+
+  def run(linears: str, cache: str, attention: str) -> Array:
+    varied = bench_block.varied(experiment, linears, cache)
+    dense = fp8_attention if attention == "fp8" else choose_ops(experiment).dense
+    ops = Ops(attend=attend_with(dense), dense=dense)
+    job = jax.jit(bench_block.one_block(varied, ops, unrolled=False))
+    weights = quantise_params(params, varied.quant)
+    return job((weights, caches[cache]), noise, text)[0]
+
+  return run
+
+
+def test_each_switch_changes_a_block_by_little(block):
+  plain = block("none", "none", "auto")
+  found = {switches: relative_error(block(*switches), plain) for switches in SWITCHES}
+  for switches, error in found.items():
+    assert 1e-4 < error < SWITCHES[switches], (switches, found)
