@@ -21,7 +21,8 @@ class DistillState:
 
   Attributes:
     step: int32 scalar, steps done.
-    student, critic: adapters with optimiser and average; their own count of updates.
+    student, critic: adapters with optimiser, and of the student an average; their own count of
+      updates.
   """
 
   step: Array
@@ -58,7 +59,7 @@ def start_state(experiment: Experiment, shapes: PyTree) -> DistillState:
   """Adapters of these shapes that change nothing yet, before the first step."""
   key = jax.random.key(experiment.train.seed)
   student, critic = (
-    init_state(init_adapters(jax.random.fold_in(key, number), shapes), optimizer)
-    for number, optimizer in enumerate(optimizers_of(experiment))
+    init_state(init_adapters(jax.random.fold_in(key, n), shapes), optimizer, averaged=n == 0)
+    for n, optimizer in enumerate(optimizers_of(experiment))
   )
   return DistillState(jnp.zeros((), jnp.int32), student, critic)

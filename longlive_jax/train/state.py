@@ -28,7 +28,7 @@ class TrainState:
     step: int32 scalar, updates done.
     params: float32 masters.
     opt_state: of the optimiser.
-    ema: moving average of params, float32.
+    ema: moving average of params, float32; None where it is not wanted.
   """
 
   step: Array
@@ -68,14 +68,17 @@ def make_optimizer(cfg: Train) -> optax.GradientTransformation:
   )
 
 
-def init_state(params: PyTree, optimizer: optax.GradientTransformation) -> TrainState:
+def init_state(
+  params: PyTree, optimizer: optax.GradientTransformation, *, averaged: bool = True
+) -> TrainState:
   """State before the first step; the average starts at the parameters.
 
   Args:
     params: float32, taken over: the first step that is given its state to keep frees them.
     optimizer: from `make_optimizer`.
+    averaged: keep an average.
   """
-  copy = jax.tree.map(jnp.array, params)
+  copy = jax.tree.map(jnp.array, params) if averaged else None
   return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params), copy)
 
 
@@ -94,5 +97,5 @@ def apply_gradients(
   updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
   params = optax.apply_updates(state.params, updates)
   keep = jnp.where(state.step < cfg.ema_start_step, 0.0, cfg.ema)
-  ema = optax.incremental_update(params, state.ema, 1.0 - keep)
+  ema = None if state.ema is None else optax.incremental_update(params, state.ema, 1.0 - keep)
   return TrainState(state.step + 1, params, opt_state, ema)

@@ -37,6 +37,8 @@ SETTINGS = {
   "distill.student_every": 2,
   "distill.critic_lr": 1e-3,
   "distill.attached_cache": True,
+  "distill.clean_history": False,
+  "distill.guidance": 3.0,
   "io.checkpoint_every_steps": 100,
   "io.log_every_steps": 1,
 }
