@@ -6,11 +6,12 @@ export PYTHON
 BIN := .venv/bin
 WORKERS ?= 2
 
-.PHONY: help demo test lint types clean
+.PHONY: help demo test browser lint types clean
 
 help:
 	@echo "make demo    a three-shot video, outputs/demo.mp4"
 	@echo "make test    the tests"
+	@echo "make browser the page in Chromium; installs both"
 	@echo "make lint    style and format"
 	@echo "make types   type check"
 	@echo "make clean   remove .venv, caches and builds"
@@ -23,7 +24,14 @@ demo:
 test:
 	@.ci/setup dev
 	$(BIN)/python -m pytest -q -n $(WORKERS) --dist loadfile --no-loadscope-reorder \
-	  -m "not gpu"
+	  -m "not gpu and not browser"
+
+browser:
+	@.ci/setup dev
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check \
+	  --constraint constraints.txt --editable ".[browser]"
+	$(BIN)/python -m playwright install chromium
+	$(BIN)/python -m pytest -q -m browser tests/serve
 
 lint:
 	@.ci/setup dev

@@ -1,0 +1,21 @@
+"""JSON answers that can always be sent, whatever text of a client they repeat."""
+
+import json
+from collections.abc import Mapping
+
+from starlette.responses import JSONResponse
+
+from longlive_jax.serve.errors import Refused
+
+
+class Json(JSONResponse):
+  """JSON in ASCII: half a surrogate pair in what a client sent is no error of ours."""
+
+  def render(self, content: object) -> bytes:
+    """The body."""
+    return json.dumps(content, allow_nan=False).encode("ascii")
+
+
+def refusal(error: Refused, headers: Mapping[str, str] | None = None) -> Json:
+  """The answer to a request that is refused."""
+  return Json(error.tree(), error.status, headers)
