@@ -30,7 +30,7 @@ browser:
 	@.ci/setup dev
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check \
 	  --constraint constraints.txt --editable ".[browser]"
-	$(BIN)/python -m playwright install chromium
+	$(BIN)/python -m playwright install chromium || command -v chromium || command -v google-chrome
 	$(BIN)/python -m pytest -q -m browser tests/serve
 
 lint:

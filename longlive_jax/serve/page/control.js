@@ -33,6 +33,7 @@ export class Control {
       position: () => this.state.shown,
     });
     this.reported = {position: 0, at: 0};
+    this.refusal = "";
     this.looking = 0; // timer of `arrive`
     this.times = {asked: 0, first: null, resumed: 0};
     this.branches = new Branches(this);
@@ -185,6 +186,7 @@ export class Control {
       this.player.dropFrom(event.first_frame);
       this.reported.position = Math.min(this.reported.position, event.first_frame);
     }
+    if (event.type === "error") this.refusal = event.code; // the reason, if the connection ends now
     const fresh = event.type === "session" && this.state.session?.id !== event.id;
     this.store.dispatch({type: "server", event});
     if (event.type === "session") this.onSession(fresh);
@@ -233,6 +235,7 @@ export class Control {
 
   /** The connection is not what it was; see `Link`. */
   onLink(what, {attempt = 0} = {}) {
+    if (what === "taken" && this.refusal === "not_resumable") what = "failed";
     const links = {busy: "failed", refused: "failed", gone: "ended"};
     this.set({link: links[what] ?? what, attempt, making: -1});
     if (what === "gone") {
