@@ -83,6 +83,7 @@ class Facts:
     width, height: pixels.
     fps: frames a second.
     block_latents: latents of a block.
+    steps: denoising steps of a block.
   """
 
   name: str
@@ -90,14 +91,14 @@ class Facts:
   height: int
   fps: float
   block_latents: int
+  steps: int
 
   @classmethod
   def of(cls, experiment: Experiment) -> "Facts":
     """Those of a checked experiment."""
-    video = experiment.video
-    return cls(
-      experiment.name, video.width, video.height, video.fps, experiment.model.block_latents
-    )
+    video, latents = experiment.video, experiment.model.block_latents
+    sizes = (video.width, video.height, video.fps)
+    return cls(experiment.name, *sizes, latents, experiment.sample.steps)
 
   @property
   def size(self) -> str:

@@ -201,6 +201,7 @@ async def list_models(service: Service, request: Request) -> Response:
     "object": "model",
     "size": facts.size,
     "fps": facts.fps,
+    "steps": facts.steps,
     "first_block_frames": facts.first_frame(1),
     "block_frames": facts.block_frames,
     "limits": dataclasses.asdict(service.shared.limits),

@@ -10,7 +10,7 @@ import numpy as np
 
 from longlive_jax.serve.contract import Facts, Session
 
-FACTS = Facts("fake", width=32, height=16, fps=24.0, block_latents=2)
+FACTS = Facts("fake", width=32, height=16, fps=24.0, block_latents=2, steps=4)
 
 
 def picture(seed: int, block: int, prompt: str, facts: Facts = FACTS) -> np.ndarray:

@@ -246,6 +246,7 @@ def test_only_the_newest_videos_are_kept():
 def test_the_model_and_the_state_of_the_server(client):
   model = client.get("/v1/models").json()["data"][0]
   assert (model["id"], model["size"], model["first_block_frames"]) == ("fake", "32x16", 5)
+  assert model["steps"] == 4
   assert model["limits"]["prompt_chars"] == QUICK.prompt_chars
   assert client.get("/healthz").text == "ok\n"
   assert client.get("/readyz").status_code == 200
