@@ -115,6 +115,8 @@ def main(argv: list[str]) -> None:
       f"io.adapters={experiment.io.adapters!r} is for sampling; to train from them, merge them"
       " with launch.convert first"
     )
+  if experiment.model.attention == "fp8":
+    raise ValueError("model.attention=fp8 has no gradients: train with auto, cudnn or jnp")
   with PROCESSES.joined():
     enable_compile_cache(experiment)
     steps = train(experiment, workdir)

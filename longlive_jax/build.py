@@ -53,9 +53,9 @@ def choose_ops(experiment: Experiment) -> Ops:
   """
   wanted, dtype = experiment.model.attention, experiment.model.dtype
   able = jax.default_backend() == "gpu" and dtype != "float32"
-  if wanted == "cudnn" and not able:
+  if not able and (wanted == "cudnn" or (wanted == "fp8" and jax.default_backend() == "gpu")):
     raise ValueError(
-      f"model.attention=cudnn needs a GPU and model.dtype=bfloat16; found"
+      f"model.attention={wanted} needs a GPU and model.dtype=bfloat16; found"
       f" {jax.default_backend()} and {dtype}; use auto or jnp"
     )
   chosen = wanted if wanted != "auto" else "cudnn" if able else "jnp"
@@ -184,8 +184,8 @@ class Pipeline(Sampler):
       ValueError: the weights contradict the experiment, `parallel.seq` cannot be, or adapters do
         not fit.
     """
-    shared, adapters = mesh is None and experiment.parallel.seq > 1, find_adapters(experiment)
-    mesh = sampling_mesh(experiment) if shared else mesh
+    shared = mesh is None and experiment.parallel.seq > 1
+    mesh, adapters = sampling_mesh(experiment) if shared else mesh, find_adapters(experiment)
     models = build_models(experiment, mesh, narrow=True, shared=shared)
     dit, network = with_adapters(adapters, models.dit, models.params["dit"], mesh), models.dit
     dit = quantise_params(dit, experiment.quant)

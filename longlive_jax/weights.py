@@ -113,7 +113,7 @@ def adapters_for(experiment: Experiment) -> str:
   """What `io.adapters` names; with "auto" what weights without adapters say they are used with."""
   io = experiment.io
   if io.adapters != "auto" or not io.checkpoint:
-    return io.adapters.removesuffix("auto")
+    return "" if io.adapters == "auto" else io.adapters
   metadata = read_metadata(find_checkpoint(io.checkpoint))
   return "" if metadata.get("adapters") else str(metadata.get(ADAPTERS, ""))
 

@@ -60,7 +60,21 @@ def check_distillation(experiment: Experiment) -> None:
       f"distill.trained_blocks={distill.trained_blocks} must be at most data.blocks="
       f"{experiment.data.blocks}"
     )
+  check_long_rollout(experiment)
   check_roles(distill)
+
+
+def check_long_rollout(experiment: Experiment) -> None:
+  """Of a rollout longer than the window only blocks are trained that the window shows for sure."""
+  sample, size = experiment.sample, experiment.model.block_latents
+  window, trained = sample.window_latents // size, experiment.distill.trained_blocks
+  newest = window - sample.sink_latents // size - sample.pin_shots
+  if experiment.data.blocks > window and not 1 <= trained <= newest:
+    raise ValueError(
+      f"distill.trained_blocks={trained} with data.blocks={experiment.data.blocks}: of a rollout"
+      f" longer than the window of {window} blocks at least 1 and at most {newest} can be trained,"
+      " the newest that it shows beside sink and pin"
+    )
 
 
 def check_roles(distill: Distill) -> None:

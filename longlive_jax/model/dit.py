@@ -253,6 +253,6 @@ def cast_params(params: PyTree, dtype: str) -> PyTree:
   def cast(path: tuple[Any, ...], leaf: Array) -> Array:
     name = path_name(path)
     narrow = name.endswith("/kernel") and not name.startswith("time_")
-    return leaf.astype(dtype) if narrow else leaf
+    return leaf.astype(jnp.dtype(dtype)) if narrow else leaf
 
   return jax.tree_util.tree_map_with_path(cast, params)

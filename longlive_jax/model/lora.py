@@ -18,11 +18,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.tree_util import register_dataclass
 
 from longlive_jax.io.leaves import flat, nested, path_name
 from longlive_jax.model.ops import Ops, product
-from longlive_jax.types import Array, PyTree
+from longlive_jax.types import Array, ArrayLike, PyTree
 
 KERNEL = "/kernel"
 ALL = ("layers/.*",)  # all linear layers inside transformer layers: what the original adapts
@@ -160,6 +161,8 @@ def adapted_ops(ops: Ops) -> Ops:
 def merge(params: PyTree, adapters: PyTree, alpha: float) -> PyTree:
   """Parameters with `W + (alpha / r) A B`, summed in float32 and rounded to W's dtype once.
 
+  Arrays of numpy are merged on the host, and stay there.
+
   Raises:
     ValueError: a kernel is quantised: merge first, quantise then.
   """
@@ -174,11 +177,14 @@ def unmerge(params: PyTree, adapters: PyTree, alpha: float) -> PyTree:
 def _shifted(params: PyTree, adapters: PyTree, alpha: float, sign: float) -> PyTree:
   pairs = pairs_of(adapters)
 
-  def make(path: str, kernel: Any) -> Array:
+  def make(path: str, kernel: Any) -> ArrayLike:
+    a, b = (half.astype(jnp.float32) for half in pairs[path])
+    scale = sign * alpha / a.shape[-1]
+    if isinstance(kernel, np.ndarray):
+      return (kernel.astype(np.float32) + np.matmul(a, b) * scale).astype(kernel.dtype)
     if not isinstance(kernel, jax.Array):
       raise ValueError(f"the kernel of {path} is quantised; merge adapters first, quantise then")
-    a, b = (half.astype(jnp.float32) for half in pairs[path])
-    change = jnp.einsum("...ir,...ro->...io", a, b, precision="highest") * (alpha / a.shape[-1])
-    return (kernel.astype(jnp.float32) + sign * change).astype(kernel.dtype)
+    change = jnp.einsum("...ir,...ro->...io", a, b, precision="highest") * scale
+    return (kernel.astype(jnp.float32) + change).astype(kernel.dtype)
 
   return replace_kernels(params, pairs, make)

@@ -1,23 +1,24 @@
 """Where the prompts and first latents of distillation come from: the shapes world, files, scripts.
 
 A feed is called with the number of steps done and gives what the clips of that step are made of.
-No pixels are read but those of first frames, and those only for image-to-video.
+No pixels are read but those of first frames.
 """
 
 import functools
 from typing import Any, NamedTuple, Protocol
 
-import jax
 import numpy as np
 from absl import logging
 from jax.sharding import Mesh
 
 from longlive_jax.config import Experiment
-from longlive_jax.data.prompts import expand, script_files
+from longlive_jax.data.prompts import BlockPrompt, expand, script_files
 from longlive_jax.io.image import read_image
+from longlive_jax.io.processes import whole
 from longlive_jax.parallel.mesh import split_batch
 from longlive_jax.sample.sampler import Models
 from longlive_jax.train.clips import block_prompts, encode_clips, find_cuts, make_clips
+from longlive_jax.train.feed import open_files
 
 ENCODED = 16  # first frames of the shapes world encoded at a time
 
@@ -119,7 +120,7 @@ def shapes_feed(experiment: Experiment, models: Models, mesh: Mesh) -> Listed:
     encode = lambda params, video: models.vae.bind(params).encode(split_batch(video, mesh))  # noqa: E731
     group = mesh.size * max(1, min(ENCODED, data.clips) // mesh.size)
     made = encode_clips(experiment, specs, encode, models.params["vae"], group, 1)
-    first = np.asarray(jax.device_get(made), np.float32)
+    first = np.asarray(whole(made), np.float32)
   return Listed(experiment, tokens, masks, found, first)
 
 
@@ -138,7 +139,8 @@ def scripts_feed(experiment: Experiment, models: Models) -> Listed:
   cuts, first = [], []
   for name, script in script_files(data.path, "data.path"):
     plan = expand(script, experiment.video.fps, model.block_latents, sample.cut_prefix)
-    plan = (*plan[: data.blocks], *(plan[-1:] * (data.blocks - len(plan))))
+    last = BlockPrompt(script.shots[-1].prompt, plan[-1].shot)
+    plan = (*plan[: data.blocks], *[last] * (data.blocks - len(plan)))
     if any(entry.transition == "recache" for entry in plan):
       raise ValueError(f"script '{name}' of data.path re-caches, which is for sampling; use keep")
     prompts += [entry.prompt for entry in plan]
@@ -159,14 +161,15 @@ class FileFeed:
 
   Args:
     experiment: checked experiment.
-    models: tokenizer.
+    models: tokenizer, and the autoencoder that latents must come from.
   """
 
   def __init__(self, experiment: Experiment, models: Models):
     from longlive_jax.data import pipeline  # needs PyAV and grain, which the shapes world does not
 
-    source = pipeline.open_source(experiment, models.tokenizer)
-    self.fingerprint, self.images = source.fingerprint, experiment.train.first_latent_share > 0
+    self.images = experiment.train.first_latent_share > 0
+    source = open_files(experiment, models, latents=self.images)
+    self.fingerprint = source.fingerprint
     self._samples: Any = None
     self._open = functools.partial(
       pipeline.batches,

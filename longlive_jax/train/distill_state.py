@@ -41,8 +41,8 @@ class DistillState:
 def of_student(experiment: Experiment) -> Train:
   """Settings of the student's optimiser, which counts its own updates."""
   train, every = experiment.train, experiment.distill.student_every
-  warmup = -(-train.warmup_steps // every)
-  return dataclasses.replace(train, steps=-(-train.steps // every), warmup_steps=warmup)
+  names = ("steps", "warmup_steps", "ema_start_step")
+  return dataclasses.replace(train, **{name: -(-getattr(train, name) // every) for name in names})
 
 
 def of_critic(experiment: Experiment) -> Train:

@@ -42,7 +42,7 @@ class Noised(NamedTuple):
     clean: `[B, F, H, W, C]` float32, without gradient.
     noise: the same shape.
     noisy: the mixture.
-    timesteps, sigmas: `[B, F]`; of given latents timestep 0.
+    timesteps, sigmas: `[B, F]`; of given latents those of timestep 0.
     mask: `[B, F]` float32, latents that count.
   """
 
@@ -79,6 +79,7 @@ def noised(
     there = there if given is None else there & given[:, None]
     noisy = jnp.where(there[..., None, None, None], first, noisy)
     timesteps, mask = jnp.where(there, 0.0, timesteps), jnp.where(there, 0.0, mask)
+    sigmas = jnp.where(there, flow.sigma_at(table, 0.0), sigmas)
   return Noised(clean, noise, noisy, timesteps, sigmas, mask)
 
 

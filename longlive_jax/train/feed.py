@@ -148,7 +148,7 @@ class FileFeed:
     from longlive_jax.data import pipeline  # needs PyAV and grain, which the shapes world does not
 
     self.close()
-    source = self._open()
+    source = open_files(self.experiment, self.models)
     self.fingerprint = source.fingerprint
     rows, ranks = local_part(self.mesh, self.experiment.train.batch)
     spans = [self._spans[rank] for rank in ranks] if self._split else self._spans[:1]
@@ -160,21 +160,6 @@ class FileFeed:
       first_sample=first_sample,
       source=source,
     )
-
-  def _open(self) -> Any:
-    from longlive_jax.data import pipeline
-
-    vae = None if self._videos else autoencoder_name(self.models.params["vae"])
-    if not is_first():
-      wait_for_all("index of files")  # which process 0 writes
-    source = pipeline.open_source(self.experiment, self.models.tokenizer, vae)
-    if is_first():
-      wait_for_all("index of files")
-    if len(set(of_all(zlib.crc32(source.fingerprint.encode()) >> 1))) > 1:
-      raise ValueError(
-        f"data.path='{self.experiment.data.path}': the processes find different files there"
-      )
-    return source
 
   def close(self) -> None:
     if self._samples is not None:
@@ -198,6 +183,33 @@ class FileFeed:
 
   def _place(self, local: np.ndarray, spec: P) -> Array:
     return jax.make_array_from_process_local_data(NamedSharding(self.mesh, spec), local)
+
+
+def open_files(experiment: Experiment, models: Models, *, latents: bool = True) -> Any:
+  """The source that `data.source` names, opened by all processes.
+
+  Args:
+    experiment: checked experiment.
+    models: tokenizer, and the autoencoder that latents must come from.
+    latents: whether latents are used, and not their captions alone.
+
+  Raises:
+    FileNotFoundError, ValueError: see `data.sources.open_source`; or processes find other files.
+  """
+  from longlive_jax.data import pipeline  # needs PyAV and grain, which the shapes world does not
+
+  stored = latents and experiment.data.source == "latents"
+  vae = autoencoder_name(models.params["vae"]) if stored else None
+  if not is_first():
+    wait_for_all("index of files")  # which process 0 writes
+  source = pipeline.open_source(experiment, models.tokenizer, vae)
+  if is_first():
+    wait_for_all("index of files")
+  if len(set(of_all(zlib.crc32(source.fingerprint.encode()) >> 1))) > 1:
+    raise ValueError(
+      f"data.path='{experiment.data.path}': the processes find different files there"
+    )
+  return source
 
 
 def turns_of(experiment: Experiment, shots: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

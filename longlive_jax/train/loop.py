@@ -62,6 +62,7 @@ MAY_CHANGE = (
   "train.steps",
   "train.warmup_steps",
   "train.weight_decay",
+  "io.adapters",
   "io.checkpoint_every_steps",
   "io.compile_cache",
   "io.evaluate_every_steps",

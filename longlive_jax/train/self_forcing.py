@@ -89,10 +89,10 @@ class SelfForcing:
       block = Block(starts[number], text, exits[number], fresh[number])
       if number == 0:
         block = block._replace(first=first, given=given)
-      seen = self.history(number, kept, left)
-      clean, keys = self._denoise(block_params, block, entering, seen)
+      seen, here = self.history(number, kept, left), self._of_block(number)
+      clean, keys = here._denoise(block_params, block, entering, seen)
       made.append(clean)
-      kept = *kept, stopped(self._commit(params, block, clean, settling, stopped(seen)))
+      kept = *kept, stopped(here._commit(params, block, clean, settling, stopped(seen)))
       left = *left, keys
       if settling.keeps_slots:
         kept = left = picked(kept, settling.order)
@@ -112,6 +112,11 @@ class SelfForcing:
     if not self.attached:
       return tuple(kept)
     return tuple(with_gradient(k, e) for k, e in zip(kept, left, strict=True))
+
+  def _of_block(self, number: int) -> "SelfForcing":
+    """The same with the random numbers of one block."""
+    ops = self.denoiser.ops.in_layer(number)
+    return dataclasses.replace(self, denoiser=dataclasses.replace(self.denoiser, ops=ops))
 
   def _denoise(
     self, params: PyTree, block: "Block", there: Pass, seen: tuple[BlockKV, ...]

@@ -36,14 +36,14 @@ def train_dmd(
     experiment: checked experiment, `train.stage` "dmd".
     models: VAE, text encoder, and the transformer: teacher, and frozen weights of student and
       critic; its ops quantise nothing. The transformer's parameters are taken out of
-      `models.params`: on the devices there is what the run multiplies with, and nothing else.
+      `models.params`: the devices hold what the run multiplies with, and not the wide weights.
     workdir: checkpoints, metrics and videos.
     mesh: default that of all devices; a batch is split over it, and with `parallel.seq` the blocks
       of a clip; weights are whole on every device.
 
   Returns:
     (the transformer with the averaged student merged into it, in the dtype that it came in; the
-    averaged adapters).
+    averaged adapters), on the host.
   """
   mesh, work_of = mesh or mesh_of(experiment), functools.partial(Distillation, experiment, models)
   wide, alpha = take_over(models, mesh), experiment.distill.alpha
@@ -54,12 +54,12 @@ def train_dmd(
 
   def show(step: int, adapters: PyTree) -> None:
     if rollouts is not None:
-      rollouts(step, merge(jax.device_put(wide), jax.device_get(adapters), alpha))
+      rollouts(step, merge(wide, jax.device_get(adapters), alpha))
 
   state = replicate(rider.work.start(), mesh)
   state = run(experiment, workdir, state, rider, rider, rollouts=show if rollouts else None)  # type: ignore[arg-type]
   adapters = jax.device_get(state.ema)
-  return merge(jax.device_put(wide), adapters, alpha), adapters
+  return merge(wide, adapters, alpha), adapters
 
 
 def take_over(models: Models, mesh: Mesh) -> PyTree:
@@ -90,8 +90,8 @@ class Dmd(Rider):
     self.experiment, self.work, self.done, self.samples = experiment, work, 0, 0
     self.schedule = Schedule.of(experiment)
     self.feed = open_feed(experiment, models, mesh)
-    needed = {name: models.params[name] for name in ("text", "vae")}
-    self.given = replicate((bases, needed), mesh)
+    needed = ("text", "vae") if experiment.train.first_latent_share else ("text",)
+    self.given = replicate((bases, {name: models.params[name] for name in needed}), mesh)
     self.nothing = models.tokenizer([experiment.sample.negative_prompt])
     self.student: dict[str, Array | float] = {}
 
@@ -137,7 +137,7 @@ def conditions_of(
 
   Args:
     work: networks.
-    params: of "text" and "vae".
+    params: of "text", and of "vae" if first frames are given.
     step: steps done.
     drawn: tokens and masks `[B, P, L]`, `Drawn.first`, `last_seen`.
     nothing: tokens and mask `[1, L]` of the negative prompt.

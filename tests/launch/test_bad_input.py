@@ -181,8 +181,8 @@ def test_an_output_where_access_is_denied(refused, here, monkeypatch):
 
 
 def test_checkpoints(refused, here, checkpoint):
-  refused("io.checkpoint='none' is neither", "--config.io.checkpoint=none", late=True)
-  refused("io.checkpoint=", f"--config.io.checkpoint={here / 'out'}", late=True)
+  refused("io.checkpoint='none' is neither", "--config.io.checkpoint=none")
+  refused("io.checkpoint=", f"--config.io.checkpoint={here / 'out'}")
   larger = "'dit/head/modulation' has shape (2, 24) in the checkpoint but (2, 48)"
   refused(larger, "--config.model.width=48", late=True)
   refused("model.width=24 there, 48 here", "--config.model.width=48", late=True)

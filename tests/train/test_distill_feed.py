@@ -49,7 +49,7 @@ def scripts(tmp_path_factory):
   """Two scripts with images; the second is shorter than a clip."""
   folder = tmp_path_factory.mktemp("scripts")
   for name, shots in {
-    "a": [{"prompt": "one", "blocks": 1}, {"prompt": "two", "blocks": 4}],
+    "a": [{"prompt": "one", "blocks": 1}, {"prompt": "two", "blocks": 1}],
     "b": [{"prompt": "three", "blocks": 1}],
   }.items():
     Image.new("RGB", (40, 32), (200, 10, 10)).save(folder / f"{name}.png")
@@ -58,11 +58,12 @@ def scripts(tmp_path_factory):
 
 
 def test_scripts_say_prompts_and_cuts(root, scripts):
-  feed, experiment, models = feed_of(root, data__source="scripts", data__path=str(scripts))
-  np.testing.assert_array_equal(feed.cuts, [[False, True], [False, False]])
+  place = {"data__source": "scripts", "data__path": str(scripts)}
+  feed, experiment, models = feed_of(root, **place, data__blocks=3)
+  np.testing.assert_array_equal(feed.cuts, [[False, True, False], [False] * 3])
   prefix = experiment.sample.cut_prefix
-  ids, _ = models.tokenizer(["one", prefix + "two", "three", "three"])
-  np.testing.assert_array_equal(feed.tokens.reshape(4, -1), ids)
+  ids, _ = models.tokenizer(["one", prefix + "two", "two", *["three"] * 3])
+  np.testing.assert_array_equal(feed.tokens.reshape(6, -1), ids)
   drawn = feed(0)
   assert drawn.first.shape == (4, 32, 32, 3) and drawn.first.dtype == np.uint8
 
@@ -131,6 +132,6 @@ def test_student_and_teacher_in_nvfp4(root, videos, tmp_path):
   )
   (line,) = read_metrics(tmp_path)
   assert np.isfinite(line["loss"]) and line["student_grad_norm"] > 0
-  expected = merge(jax.device_put(base), adapters, 2.0)
+  expected = merge(base, adapters, 2.0)
   for ours, theirs in zip(jax.tree.leaves(merged), jax.tree.leaves(expected), strict=True):
     np.testing.assert_array_equal(ours, theirs)

@@ -76,7 +76,7 @@ def test_the_student_moves_when_it_is_its_turn_and_the_critic_always(whole):
 
 def test_the_result_is_the_base_with_the_averaged_adapters(whole):
   base, merged, adapters = whole[1]
-  expected = merge(jax.device_put(base), adapters, 2.0)
+  expected = merge(base, adapters, 2.0)
   for name, leaf in flat(jax.device_get(expected)).items():
     np.testing.assert_array_equal(flat(merged)[name], leaf, err_msg=name)
   moved = {n for n, a in flat(merged).items() if not np.array_equal(a, flat(base)[n])}
@@ -148,6 +148,7 @@ def test_a_clip_may_be_shared_by_devices(root, long, tmp_path, seq):
     ({"quant.linears": "fp8"}, "quant.linears=fp8 has no gradients"),
     ({"sample.guidance": 2.0}, "sample.guidance=2.0 is of a student"),
     ({"distill.trained_blocks": 3}, "distill.trained_blocks=3 must be at most data.blocks=2"),
+    ({"data.blocks": 4, "data.clip_blocks": 4}, "trained_blocks=0 .* at least 1 and at most 1 can"),
     ({"distill.rank": 0}, "distill.rank=0 must be at least 1"),
     ({"distill.layers": ("(",)}, "no regular expression"),
     ({"parallel.fsdp": 2}, "parallel.fsdp=2 is for train.stage=ar"),
