@@ -14,7 +14,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax._src.cudnn import fused_attention_stablehlo as cudnn  # no public name; check at upgrades
 
 from longlive_jax.model.ops import cudnn_attention, dense_attention, is_costly
 from longlive_jax.quant.fp8 import E4M3_MAX
@@ -70,6 +69,9 @@ fp8_attention.defvjp(_forward, _backward)
 
 
 def _by_cudnn(q: Array, k: Array, v: Array) -> Array:
+  # it has no public name; imported here, so that nothing else depends on it
+  from jax._src.cudnn import fused_attention_stablehlo as cudnn
+
   units = [unit_of(x) for x in (q, k, v)]
   one = np.ones((1, 1, 1, 1), np.float32)
   params: Any = dict.fromkeys(cudnn.fp8_params_keys, jnp.asarray(one))
