@@ -12,8 +12,7 @@ Variants, joined by commas, each changing what those before it say:
   "nvfp4_training"  ... with linear layers in NVFP4
 """
 
-from configs.common import nvfp4_training
-from longlive_jax.checks import check_choice
+from configs.common import apply_variants, nvfp4_training
 from longlive_jax.config.schema import (
   Data,
   Distill,
@@ -66,10 +65,7 @@ def get_config(variant: str = "") -> Experiment:
     data=Data(clips=8192),
     io=Io(checkpoint="tiny", compile_cache=".jax_cache"),
   )
-  for name in filter(None, variant.split(",")):
-    check_choice("variant of configs/tiny.py", name, tuple(VARIANTS))
-    VARIANTS[name](config)
-  return config
+  return apply_variants(config, "configs/tiny.py", variant, VARIANTS)
 
 
 def first_latent(config: Experiment) -> None:

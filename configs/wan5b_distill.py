@@ -6,8 +6,7 @@ adapters are then merged into the autoregressive model afterwards (standalone mo
 (the first latent is given), "nvfp4_training".
 """
 
-from configs.common import nvfp4_training
-from longlive_jax.checks import check_choice
+from configs.common import apply_variants, nvfp4_training
 from longlive_jax.config.schema import Distill, Experiment, Train
 
 
@@ -29,10 +28,7 @@ def get_config(variant: str = "") -> Experiment:
   )
   config.distill = Distill(rank=128, alpha=128.0, critic_lr=2e-6, guidance=3.0)
   config.io.checkpoint_every_steps = 250
-  for name in filter(None, variant.split(",")):
-    check_choice("variant of configs/wan5b_distill.py", name, tuple(VARIANTS))
-    VARIANTS[name](config)
-  return config
+  return apply_variants(config, "configs/wan5b_distill.py", variant, VARIANTS)
 
 
 def two_steps(config: Experiment) -> None:

@@ -4,8 +4,7 @@ Variants, joined by commas: "" (text to video), "i2v" (the first latent is given
 (linear layers in NVFP4).
 """
 
-from configs.common import nvfp4_training
-from longlive_jax.checks import check_choice
+from configs.common import apply_variants, nvfp4_training
 from longlive_jax.config.schema import Experiment
 
 
@@ -31,10 +30,7 @@ def get_config(variant: str = "") -> Experiment:
   train.ema, train.ema_start_step = 0.99, 100
   config.io.checkpoint_every_steps = 15
   config.io.keep_checkpoints = 20
-  for name in filter(None, variant.split(",")):
-    check_choice("variant of configs/wan5b_train.py", name, tuple(VARIANTS))
-    VARIANTS[name](config)
-  return config
+  return apply_variants(config, "configs/wan5b_train.py", variant, VARIANTS)
 
 
 def first_latent(config: Experiment) -> None:

@@ -26,6 +26,7 @@ import optax
 from jax.sharding import Mesh
 
 from longlive_jax.config import Experiment
+from longlive_jax.config.rules_train import ROLES
 from longlive_jax.model import solvers
 from longlive_jax.model.attention import BlockCausal, TeacherForcing, block_borders
 from longlive_jax.model.flow import TIMESTEPS, training_table
@@ -49,7 +50,7 @@ from longlive_jax.train.self_forcing import SelfForcing, stopped
 from longlive_jax.train.state import apply_gradients
 from longlive_jax.types import Array, PyTree
 
-STUDENT, TEACHER, CRITIC = ROLES = ("student", "teacher", "critic")
+STUDENT, TEACHER, CRITIC = ROLES
 PLAIN, QUANTISED = "plain", "quantised"
 
 

@@ -11,6 +11,7 @@ from absl import logging
 from jax.sharding import Mesh
 
 from longlive_jax.config import Experiment
+from longlive_jax.config.rules_train import ROLES
 from longlive_jax.model.dit import cast_params
 from longlive_jax.model.lora import merge
 from longlive_jax.model.vae import from_uint8
@@ -18,7 +19,7 @@ from longlive_jax.parallel.mesh import mesh_of, replicate, split_batch
 from longlive_jax.quant.policy import quantise_params, quantised_ops
 from longlive_jax.sample.sampler import Models
 from longlive_jax.sample.schedule import Schedule
-from longlive_jax.train.distill import PLAIN, QUANTISED, ROLES, Conditions, Distillation
+from longlive_jax.train.distill import PLAIN, QUANTISED, Conditions, Distillation
 from longlive_jax.train.distill_feed import open_feed
 from longlive_jax.train.distill_state import DistillState
 from longlive_jax.train.loop import Rider, run
@@ -45,9 +46,9 @@ def train_dmd(
     (the transformer with the averaged student merged into it, in the dtype that it came in; the
     averaged adapters), on the host.
   """
-  mesh, work_of = mesh or mesh_of(experiment), functools.partial(Distillation, experiment, models)
-  wide, alpha = take_over(models, mesh), experiment.distill.alpha
-  rider = Dmd(work_of(mesh), frozen(work_of(mesh), wide))
+  mesh, alpha = mesh or mesh_of(experiment), experiment.distill.alpha
+  work, wide = Distillation(experiment, models, mesh), take_over(models, mesh)
+  rider = Dmd(work, frozen(work, wide))
   quantised = quantised_ops(models.ops, experiment.quant, models.dit.abstract)
   shown = dataclasses.replace(models, ops=quantised)
   rollouts = Rollouts(experiment, shown, workdir) if experiment.io.evaluate_every_steps else None
@@ -56,7 +57,7 @@ def train_dmd(
     if rollouts is not None:
       rollouts(step, merge(wide, jax.device_get(adapters), alpha))
 
-  state = replicate(rider.work.start(), mesh)
+  state = replicate(work.start(), mesh)
   state = run(experiment, workdir, state, rider, rider, rollouts=show if rollouts else None)  # type: ignore[arg-type]
   adapters = jax.device_get(state.ema)
   return merge(wide, adapters, alpha), adapters
