@@ -36,11 +36,15 @@ def read_image(path: str | Path, height: int, width: int, fit: str = "crop") -> 
     raise FileNotFoundError(f"image file '{path}' does not exist")
   try:
     with Image.open(path) as opened:
-      image = on_black(ImageOps.exif_transpose(opened))
+      return fitted(opened, height, width, fit)
   except UNREADABLE as error:
     reason = str(error).split("\n")[0].replace(str(path), "the file")
     raise ValueError(f"image '{path}' cannot be read: {reason}") from error
-  method = Image.Resampling.BILINEAR
+
+
+def fitted(opened: Image.Image, height: int, width: int, fit: str = "crop") -> np.ndarray:
+  """The pixels of an image that was opened, uint8 `[H, W, 3]`; see `read_image`."""
+  image, method = on_black(ImageOps.exif_transpose(opened)), Image.Resampling.BILINEAR
   if image.size != (width, height):
     if fit == "crop":
       image = ImageOps.fit(image, (width, height), method)

@@ -6,9 +6,9 @@ import io
 import re
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image
 
-from longlive_jax.io.image import UNREADABLE, on_black
+from longlive_jax.io.image import UNREADABLE, fitted
 
 FORMATS = ("PNG", "JPEG", "WEBP")
 MOST_PIXELS = 50_000_000
@@ -50,10 +50,9 @@ def read_picture(data: bytes, height: int, width: int) -> np.ndarray:
       if opened.width * opened.height > MOST_PIXELS:
         size = f"{opened.width}x{opened.height}"
         raise ValueError(f"{size} pixels are more than {MOST_PIXELS // 1_000_000} million")
-      image = on_black(ImageOps.exif_transpose(opened))
+      return fitted(opened, height, width)
   except (*UNREADABLE, Image.DecompressionBombWarning) as error:
     reason = str(error).split("\n")[0]
     if isinstance(error, Image.UnidentifiedImageError):
       reason = "it is neither PNG, JPEG nor WebP"
     raise ValueError(f"the image cannot be read: {reason}") from error
-  return np.asarray(ImageOps.fit(image, (width, height), Image.Resampling.BILINEAR))
