@@ -1,6 +1,7 @@
 """From an experiment to something that runs: the single place that sees every layer."""
 
 import dataclasses
+import functools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from longlive_jax.model.text import declare_text, frozen_params
 from longlive_jax.model.tokenizer import load_tokenizer
 from longlive_jax.model.vae import declare_vae
 from longlive_jax.parallel.mesh import sampling_mesh
+from longlive_jax.parallel.parked import parked
 from longlive_jax.parallel.rules import RULES, WHOLE, Rule, shardings_of
 from longlive_jax.parallel.share import shared_ops
 from longlive_jax.quant.fp8_attention import fp8_attention
@@ -67,10 +69,10 @@ def choose_ops(experiment: Experiment) -> Ops:
 def unrolls(experiment: Experiment) -> bool:
   """Whether the sampler's transformer has separate layers, see `sample.unroll_layers`.
 
-  "auto": on a GPU, unless weights are quantised: they are small to copy, and compile slowly.
+  "auto": on a GPU, unless weights are in NVFP4: they are small to copy, and compile slowly.
   """
-  setting, plain = experiment.sample.unroll_layers, experiment.quant.linears == "none"
-  return setting == "on" or (setting == "auto" and plain and jax.default_backend() == "gpu")
+  setting, slow = experiment.sample.unroll_layers, experiment.quant.linears == "nvfp4"
+  return setting == "on" or (setting == "auto" and not slow and jax.default_backend() == "gpu")
 
 
 def declare_networks(experiment: Experiment) -> dict[str, Network]:
@@ -89,13 +91,25 @@ def fresh_params(
   networks: dict[str, Network],
   mesh: Mesh | None = None,
   rules: Mapping[str, Sequence[Rule]] = RULES,
+  *,
+  narrow: bool = False,
 ) -> dict[str, PyTree]:
-  """Freshly drawn parameters of all networks, from `train.seed`, placed on a mesh by `rules`."""
-  seed, text = experiment.train.seed, experiment.model.text
+  """Freshly drawn parameters of networks, from `train.seed`, placed on a mesh by `rules`.
+
+  Args as for `build_models`.
+  """
+  model, seed, text = experiment.model, experiment.train.seed, experiment.model.text
   places = {n: shardings_of(net.abstract, rules[n], mesh) for n, net in networks.items() if mesh}
-  params = {name: net.init(seed, places.get(name)) for name, net in networks.items()}
-  if text.frozen_seed >= 0:
-    frozen = frozen_params(networks["text"], text)
+
+  def as_used(name: str, tree: PyTree) -> PyTree:
+    return narrowed({name: tree}, model)[name] if narrow else tree
+
+  params = {
+    name: network.init(seed, places.get(name), functools.partial(as_used, name))
+    for name, network in networks.items()
+  }
+  if "text" in networks and text.frozen_seed >= 0:
+    frozen = as_used("text", frozen_params(networks["text"], text))
     params["text"] = jax.device_put(frozen, places["text"]) if mesh else frozen
   return params
 
@@ -128,16 +142,15 @@ def build_models(
   ops = shared_ops(ops, mesh) if mesh and shared else ops
   ops = ops if plain else quantised_ops(ops, experiment.quant, networks["dit"].abstract)
   tokenizer = load_tokenizer(experiment.model.text)
-  if experiment.io.checkpoint:
-    folder = find_checkpoint(experiment.io.checkpoint)
-    params = load_networks(experiment, networks, folder, mesh, narrow=narrow, rules=rules)
-  else:
-    params = fresh_params(experiment, networks, mesh, rules)
-    params = narrowed(params, experiment.model) if narrow else params
+  make = functools.partial(_params, experiment, mesh=mesh, rules=rules, narrow=narrow)
+  params = make({"text": networks["text"]})
   if mesh and not narrow:  # a frozen encoder takes no more room than it is used with
     dtype = experiment.model.text.dtype
     cast = jax.jit(lambda tree: jax.tree.map(lambda a: a.astype(dtype), tree), donate_argnums=0)
     params["text"] = cast(params["text"])
+  if experiment.model.text.parked:  # before there is anything else in memory
+    params["text"] = parked(params["text"])
+  params |= make({name: networks[name] for name in ("dit", "vae")})
   return Models(
     experiment=experiment,
     dit=networks["dit"],
@@ -147,6 +160,21 @@ def build_models(
     tokenizer=tokenizer,
     ops=ops,
   )
+
+
+def _params(
+  experiment: Experiment,
+  networks: dict[str, Network],
+  *,
+  mesh: Mesh | None,
+  rules: Mapping[str, Sequence[Rule]],
+  narrow: bool,
+) -> dict[str, PyTree]:
+  """Parameters of some networks, of `io.checkpoint` or fresh."""
+  if not experiment.io.checkpoint:
+    return fresh_params(experiment, networks, mesh, rules, narrow=narrow)
+  folder = find_checkpoint(experiment.io.checkpoint)
+  return load_networks(experiment, networks, folder, mesh, narrow=narrow, rules=rules)
 
 
 def build_vae(experiment: Experiment, mesh: Mesh) -> tuple[Network, PyTree]:

@@ -51,6 +51,7 @@ class Text(Section):
   length: int = 512  # tokens a prompt is padded to
   tokenizer: str = ""  # path of a tokenizer.json, or "bytes"
   dtype: str = "float32"  # of the activations
+  parked: bool = False  # its parameters wait in host memory until a prompt comes
   frozen_seed: int = -1  # >= 0: a random encoder that is never trained (the tiny preset)
 
 

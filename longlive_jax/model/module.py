@@ -30,16 +30,22 @@ class Network:
   graph: Any
   abstract: PyTree
 
-  def init(self, seed: int, places: PyTree | None = None) -> PyTree:
+  def init(
+    self,
+    seed: int,
+    places: PyTree | None = None,
+    change: Callable[[PyTree], PyTree] = lambda params: params,
+  ) -> PyTree:
     """Draws fresh parameters; the same seed gives the same numbers on any mesh.
 
     Args:
       seed: of all of them.
       places: their shardings; None = one device.
+      change: of the parameters, before any of them is in memory as it was drawn.
     """
 
     def make(key: jax.Array) -> PyTree:
-      return nnx.to_pure_dict(nnx.split(self.build(nnx.Rngs(params=key)))[1])
+      return change(nnx.to_pure_dict(nnx.split(self.build(nnx.Rngs(params=key)))[1]))
 
     return jax.jit(make, out_shardings=places)(jax.random.key(seed))
 

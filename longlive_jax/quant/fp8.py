@@ -35,10 +35,19 @@ class Rows:
   scales: Array
 
 
-def quantise_rows(x: Array) -> Rows:
-  """Quantises the rows of `[..., M, K]`; a row of zeros stays zero."""
+def quantise_rows(x: Array, *, stored: bool = False) -> Rows:
+  """Quantises the rows of `[..., M, K]`; a row of zeros stays zero.
+
+  Args:
+    x: of any float dtype.
+    stored: x is written once, in its own dtype, and read again to be divided. Otherwise a compiler
+      may compute it twice, or keep it in float32: good for a norm, not for a wide activation.
+  """
   wide = x.astype(jnp.float32)
   largest = jnp.max(jnp.abs(wide), -1, keepdims=True)
+  if stored:
+    x, largest = jax.lax.optimization_barrier((x, largest))
+    wide = x.astype(jnp.float32)
   scales = jnp.where(largest > 0, largest, 1.0) / E4M3_MAX
   values = jnp.clip(wide / scales, -E4M3_MAX, E4M3_MAX).astype(jnp.float8_e4m3fn)
   return Rows(values, scales)
@@ -51,11 +60,16 @@ def quantise_weight(w: Array) -> Rows:
 
 @jax.custom_vjp
 def fp8_product(x: Array, w: Array | Rows) -> Array:
-  """float32 `[T, out]` of `x [T, in]` and a weight `[in, out]`, or one quantised ahead."""
-  left = quantise_rows(x)
+  """float32 `[T, out]` of `x [T, in]` and a weight `[in, out]`, or one quantised ahead.
+
+  The sum of FP8 products leaves the device's FP8 unit in x's dtype: a float32 one takes longer to
+  write than to compute.
+  """
   right = w if isinstance(w, Rows) else quantise_weight(w)
-  total = contract(left.values, right.values, (1, 1))
-  return total * left.scales * right.scales[:, 0]
+  outputs, inputs = right.values.shape
+  left = quantise_rows(x, stored=inputs > outputs)
+  total = contract(left.values, right.values, (1, 1), x.dtype)
+  return total.astype(jnp.float32) * left.scales * right.scales[:, 0]
 
 
 def _forward(x: Array, w: Array | Rows) -> tuple[Array, None]:

@@ -14,6 +14,7 @@ from longlive_jax.model.module import Network
 from longlive_jax.model.vae import SPACE, TIME, from_uint8, to_uint8
 from longlive_jax.parallel.rules import at, home_of
 from longlive_jax.parallel.space import fetched, split_rows
+from longlive_jax.sample.together import compile_all
 from longlive_jax.types import Array, ArrayLike, PyTree
 
 
@@ -28,6 +29,7 @@ class Decoder:
 
   Attributes:
     state: shapes and placement of the carried state.
+    later: executable of every call but the first of a video.
 
   Sharding: latents are whole wherever parameters are; frames and carried state have their rows
     split over "seq", see `parallel.space`. On several processes frames are whole.
@@ -55,10 +57,11 @@ class Decoder:
       return to_uint8(video), state
 
     step = jax.jit(decode, donate_argnums=3, out_shardings=(shown, rows))
-    self._first = step.lower(params, latents, start, None).compile()
     self.state = at(rows, jax.eval_shape(decode, params, latents, start, None)[1])
-    self._later = step.lower(params, latents, start, self.state).compile()
-    self._join = _joining(self._first, self._later, block_shape[1] // size, shown)
+    states = {"first": None, "later": self.state}
+    made = compile_all({n: step.lower(params, latents, start, s) for n, s in states.items()})
+    self._first, self.later = made["first"], made["later"]
+    self._join = _joining(self._first, self.later, block_shape[1] // size, shown)
     self._encode: Any = None
 
   def decode(self, latents: ArrayLike, state: Any) -> tuple[Array, Any]:
@@ -73,7 +76,7 @@ class Decoder:
     """
     parts, join = [], self._join[state is None]
     for start in range(0, self.block_shape[1], self.size):
-      step = self._first if state is None else self._later
+      step = self._first if state is None else self.later
       part, state = step(self.params, latents, np.int32(start), state)
       parts.append(part)
     return join(*parts), state

@@ -29,6 +29,7 @@ from longlive_jax.quant.kv import empty_quantised_cache
 from longlive_jax.sample.block import Caches, Denoiser, Texts
 from longlive_jax.sample.latents import block_shape
 from longlive_jax.sample.schedule import SampleState, Schedule, States
+from longlive_jax.sample.together import Lowered, compile_all
 from longlive_jax.types import SEQ, Array, ArrayLike, PyTree
 
 
@@ -99,26 +100,36 @@ class Engine:
       return self.denoiser.network.bind(params).text_kv(prompts, self.denoiser.ops)
 
     text_kv = island(text_kv, mesh, (P(), P()), P())
-    self.text_kv = jax.jit(text_kv, out_shardings=home).lower(params, prompts).compile()
+    lowered: dict[Any, Lowered] = {
+      "text_kv": jax.jit(text_kv, out_shardings=home).lower(params, prompts)
+    }
     texts = (at(home, jax.eval_shape(text_kv, params, prompts)),) * self.branches
     ins = (P(), LATENTS, P(), specs, P(), LATENTS, LATENTS)
     denoise = island(self.denoiser.denoise, mesh, ins, (LATENTS, specs))
     denoise = jax.jit(denoise, donate_argnums=3, out_shardings=(home, places))
     jit = functools.partial(jax.jit, out_shardings=places)  # what returns caches
     commit = jit(island(self.denoiser.commit, mesh, ins[:5], specs), donate_argnums=3)
-    self.denoise, self.commit = {}, {}
-    for level in range(1, self.schedule.window.slots + 1):
+    levels = range(1, self.schedule.window.slots + 1)
+    for level in levels:
       filled = SlotState(tuple(range(level)), (0.0,) * level)
       tables = self.schedule.tables((SampleState(filled),) * self.batch, [0] * self.batch)
       shapes = at(home, tables)
       args = (params, latents, texts, caches, shapes, latents, mask)
-      self.denoise[level] = denoise.lower(*args).compile()
-      self.commit[level] = commit.lower(params, latents, texts, caches, shapes).compile()
-    self.empty = jit(self._empty).lower().compile()
+      lowered["denoise", level] = denoise.lower(*args)
+      lowered["commit", level] = commit.lower(params, latents, texts, caches, shapes)
     self.latents, self.caches = latents, caches
     rows = jax.ShapeDtypeStruct((self.batch,), jnp.bool_, sharding=home)
-    self.copy = jit(functools.partial(jax.tree.map, jnp.copy)).lower(caches).compile()
-    self.select = jit(_select, donate_argnums=1).lower(rows, caches, caches).compile()
+    lowered |= {
+      "empty": jit(self._empty).lower(),
+      "copy": jit(functools.partial(jax.tree.map, jnp.copy)).lower(caches),
+      "select": jit(_select, donate_argnums=1).lower(rows, caches, caches),
+    }
+    made = compile_all(lowered)
+    self.text_kv, self.empty = made["text_kv"], made["empty"]
+    self.copy, self.select = made["copy"], made["select"]
+    self.denoise, self.commit = (
+      {level: made[kind, level] for level in levels} for kind in ("denoise", "commit")
+    )
 
   def _empty(self) -> Caches:
     model = self.experiment.model

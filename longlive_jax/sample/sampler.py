@@ -27,12 +27,14 @@ from longlive_jax.model import solvers
 from longlive_jax.model.module import Network
 from longlive_jax.model.ops import REFERENCE, Ops
 from longlive_jax.model.tokenizer import Tokenizer
+from longlive_jax.parallel.parked import at_hand
 from longlive_jax.parallel.rules import home_of
 from longlive_jax.sample.block import Denoiser, Texts
 from longlive_jax.sample.compiled import Compiled, Keys
 from longlive_jax.sample.decoder import Decoder, encode_frames
 from longlive_jax.sample.latents import block_noise, block_shape, split_blocks, watched
 from longlive_jax.sample.rollout import Engine
+from longlive_jax.sample.together import together
 from longlive_jax.types import Array, PyTree
 
 PROMPTS_KEPT = 64  # embeddings of the last prompts stay in memory
@@ -78,15 +80,23 @@ class Sampler:
       models, sample = self.models, self.experiment.sample
       plan = solvers.plan(sample.solver, sample.steps, self.experiment.model.shift)
       denoiser = Denoiser(models.dit, self.experiment.model, plan, sample.guidance, models.ops)
-      engine = Engine(denoiser, self.experiment, models.params["dit"], batch)
-      decoder = Decoder(models.vae, models.params["vae"], engine.block_shape, sample.decode_latents)
+      shape = block_shape(self.experiment, batch)
+      made = together(
+        {
+          "engine": lambda: Engine(denoiser, self.experiment, models.params["dit"], batch),
+          "decoder": lambda: Decoder(
+            models.vae, models.params["vae"], shape, sample.decode_latents
+          ),
+          "text": lambda: self._encode_text,
+        }
+      )
+      engine, decoder = made["engine"], made["decoder"]
       seeds = jax.ShapeDtypeStruct((batch,), jnp.uint32)
       number = jax.ShapeDtypeStruct((), jnp.int32)
-      draw = jax.jit(lambda s, i, b: block_noise(s, i, b, engine.block_shape[1:]))
+      draw = jax.jit(lambda s, i, b: block_noise(s, i, b, shape[1:]))
       noise = draw.lower(seeds, seeds, number).compile()
       finite = jax.jit(lambda x: jnp.isfinite(x).all()).lower(engine.latents).compile()
       self._compiled[batch] = Compiled(engine, decoder, noise, finite)
-    _ = self._encode_text
     return self._compiled[batch]
 
   @functools.cached_property
@@ -98,7 +108,7 @@ class Sampler:
     def encode(params: PyTree, ids: Array, mask: Array) -> Array:
       return self.models.text.bind(params)(ids, mask, dtype=text.dtype).astype(jnp.float32)
 
-    params = self.models.params["text"]
+    params = at_hand(self.models.params["text"])
     return jax.jit(encode, out_shardings=home_of(params)).lower(params, ids, ids).compile()
 
   def embed(self, prompt: str) -> np.ndarray:
@@ -109,7 +119,7 @@ class Sampler:
     """
     if prompt not in self._embeddings:
       ids, mask = self.models.tokenizer([prompt])
-      out = self._encode_text(self.models.params["text"], ids, mask)
+      out = self._encode_text(at_hand(self.models.params["text"]), ids, mask)
       self._embeddings[prompt] = np.asarray(out)[0]
       while len(self._embeddings) > PROMPTS_KEPT:
         self._embeddings.popitem(last=False)

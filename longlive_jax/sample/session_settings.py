@@ -12,6 +12,7 @@ SECTIONS = ("model", "video", "quant", "sample")
 # ... but for these, which are of training, of speed, of a place, or of what begins a session.
 FREE = (
   "model.attention",
+  "model.text.parked",
   "model.text.tokenizer",
   "model.vae.convolution",
   "video.fps",

@@ -23,6 +23,7 @@ from longlive_jax.eval.bench import Record, setting
 from longlive_jax.eval.flops import encode_flops, peak_flops, step_flops, text_flops
 from longlive_jax.parallel.halo import encode, windows_of
 from longlive_jax.parallel.mesh import mesh_of
+from longlive_jax.parallel.parked import at_hand
 from longlive_jax.sample.sampler import Models
 from longlive_jax.train.feed import text_dropout, turns_of
 from longlive_jax.train.state import init_state, make_optimizer, place_state
@@ -92,7 +93,7 @@ def text_part(experiment: Experiment, models: Models, mesh: Mesh) -> tuple[Any, 
   def run(params: PyTree, ids: Array) -> Array:
     return prompts(jax.random.key(0), ids, jnp.ones_like(ids), params)
 
-  return run, (models.params["text"], ids)
+  return run, (at_hand(models.params["text"]), ids)
 
 
 class Variant:

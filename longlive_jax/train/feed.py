@@ -22,6 +22,7 @@ from longlive_jax.io.processes import is_first, of_all, wait_for_all
 from longlive_jax.model.rope import temporal_table
 from longlive_jax.parallel.halo import Windows, encode, windows_of
 from longlive_jax.parallel.mesh import local_part, replicate, split_batch
+from longlive_jax.parallel.parked import at_hand
 from longlive_jax.sample.sampler import Models
 from longlive_jax.train import clips
 from longlive_jax.train.step import Clips, keys_of
@@ -88,7 +89,10 @@ class ShapesFeed:
     )
     logging.info("bank of %d clips, latents %s", experiment.data.clips, bank.latents.shape)
     self.waited, self.fingerprint = 0.0, ""
-    self._given = replicate((bank, models.params["text"]), mesh)
+    self._bank, self._text = replicate(bank, mesh), models.params["text"]
+    if not experiment.model.text.parked:
+      self._text = replicate(self._text, mesh)
+    self._mesh = mesh
     self._draw = jax.jit(draw_shapes(experiment, models, mesh))
 
   def start(self, first_sample: int) -> None:
@@ -98,7 +102,7 @@ class ShapesFeed:
     """Nothing reads ahead."""
 
   def __call__(self, step: int) -> Clips:
-    return self._draw(np.int32(step), *self._given)
+    return self._draw(np.int32(step), self._bank, replicate(self._text, self._mesh))
 
 
 def draw_shapes(
@@ -178,7 +182,7 @@ class FileFeed:
       P(SAMPLES, SEQ) if self._split else P(SAMPLES),
     )
     rows = (sample.tokens, sample.masks, sample.valid, cos, sin)
-    params = self.models.params["vae"], self.models.params["text"]
+    params = self.models.params["vae"], at_hand(self.models.params["text"])
     return self._encode(np.int32(step), params, data, *(self._place(a, P(SAMPLES)) for a in rows))
 
   def _place(self, local: np.ndarray, spec: P) -> Array:

@@ -33,6 +33,7 @@ CHECKPOINTS = "checkpoints"
 MAY_CHANGE = (
   "name",
   "model.attention",
+  "model.text.parked",
   "model.vae.convolution",
   "data.ahead",
   "data.path",

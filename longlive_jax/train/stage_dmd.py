@@ -49,6 +49,8 @@ def train_dmd(
   mesh, alpha = mesh or mesh_of(experiment), experiment.distill.alpha
   work, wide = Distillation(experiment, models, mesh), take_over(models, mesh)
   rider = Dmd(work, frozen(work, wide))
+  if not experiment.train.first_latent_share and not experiment.io.evaluate_every_steps:
+    models.params.pop("vae", None)  # nothing uses it from here on
   quantised = quantised_ops(models.ops, experiment.quant, models.dit.abstract)
   shown = dataclasses.replace(models, ops=quantised)
   rollouts = Rollouts(experiment, shown, workdir) if experiment.io.evaluate_every_steps else None
@@ -91,27 +93,26 @@ class Dmd(Rider):
     self.experiment, self.work, self.done, self.samples = experiment, work, 0, 0
     self.schedule = Schedule.of(experiment)
     self.feed = open_feed(experiment, models, mesh)
-    needed = ("text", "vae") if experiment.train.first_latent_share else ("text",)
-    self.given = replicate((bases, {name: models.params[name] for name in needed}), mesh)
+    self.bases, self.params = replicate(bases, mesh), {"text": models.params["text"]}
+    if not experiment.model.text.parked:
+      self.params = replicate(self.params, mesh)
+    if experiment.train.first_latent_share:
+      self.params["vae"] = replicate(models.params["vae"], mesh)
     self.nothing = models.tokenizer([experiment.sample.negative_prompt])
     self.student: dict[str, Array | float] = {}
 
-    @functools.partial(jax.jit, static_argnames="moves", donate_argnums=0)
-    def update(
-      state: DistillState, given: Any, drawn: Any, nothing: Any, passes: Any, moves: bool
-    ) -> tuple[DistillState, dict[str, Array]]:
-      bases, params = given
-      conditions = conditions_of(work, params, state.step, drawn, nothing)
-      return work.update(state, bases, conditions, passes, moves)
-
-    self.update = update
+    self.conditions = jax.jit(functools.partial(conditions_of, work))
+    self.update = jax.jit(work.update, static_argnames="moves", donate_argnums=0)
 
   def __call__(self, state: DistillState) -> tuple[DistillState, dict[str, Array | float]]:
     drawn, distill = self.feed(self.done), self.experiment.distill
     moves = self.done % distill.student_every == 0
     passes = plan_passes(self.schedule, drawn.cuts, distill.trained_blocks or len(drawn.cuts))
     arrays = (drawn.tokens, drawn.masks, drawn.first, last_seen(self.schedule, drawn.cuts))
-    state, metrics = self.update(state, self.given, arrays, self.nothing, passes, moves=moves)
+    params = replicate(self.params, self.work.mesh)  # which are there, unless parked
+    conditions = self.conditions(params, state.step, arrays, self.nothing)
+    del params
+    state, metrics = self.update(state, self.bases, conditions, passes, moves=moves)
     self.done, self.samples = self.done + 1, self.samples + self.experiment.train.batch
     if moves:
       self.student = {n: v for n, v in metrics.items() if n.startswith("student_")}

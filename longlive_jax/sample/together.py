@@ -1,0 +1,27 @@
+"""Several executables compiled at a time: for one, XLA uses few of a machine's cores."""
+
+import os
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, Protocol
+
+
+class Lowered(Protocol):
+  """A function that is traced and not compiled yet, from `jax.jit(f).lower(...)`."""
+
+  def compile(self) -> Any: ...
+
+
+def together[K](makers: Mapping[K, Callable[[], Any]]) -> dict[K, Any]:
+  """What functions that trace and compile return, each run in a thread.
+
+  Raises:
+    Exception: what the first of them raised; the others are ended first.
+  """
+  with ThreadPoolExecutor(min(len(makers), os.cpu_count() or 1)) as pool:
+    return dict(zip(makers, pool.map(lambda make: make(), makers.values()), strict=True))
+
+
+def compile_all[K](lowered: Mapping[K, Lowered]) -> dict[K, Any]:
+  """Executables of traced functions."""
+  return together({name: function.compile for name, function in lowered.items()})
