@@ -8,14 +8,12 @@ on the host). With an empty io.checkpoint weights are random, and prompts are re
 one JSON record a line and prints a table. Compare runs on the same warm device only.
 """
 
-import dataclasses
 import json
 
 from absl import flags
 
 from longlive_jax.build import Pipeline, enable_compile_cache
-from longlive_jax.config import Experiment
-from longlive_jax.config.load import check, define_config_flag, from_flags, run_main
+from longlive_jax.config.load import define_config_flag, from_flags, run_main, without_files
 from longlive_jax.eval import bench_rollout
 from longlive_jax.eval.bench import Record
 from longlive_jax.io.atomic import check_writable, replacing
@@ -33,17 +31,6 @@ def line(record: Record) -> str:
     f"{record['part']:8} {1e3 * record['median_seconds']:9.1f} {1e3 * record['p10_seconds']:9.1f}"
     f" {1e3 * record['p90_seconds']:9.1f} {record['frames_per_second']:8.2f} {peak:8.1f}"
   )
-
-
-def without_files(experiment: Experiment) -> Experiment:
-  """The experiment, with prompts read as bytes where there are no weights to go by."""
-  if experiment.io.checkpoint or experiment.model.text.tokenizer:
-    return experiment
-  text = dataclasses.replace(experiment.model.text, tokenizer="bytes")
-  model = dataclasses.replace(experiment.model, text=text)
-  changed = dataclasses.replace(experiment, model=model)
-  check(changed)
-  return changed
 
 
 def main(argv: list[str]) -> None:

@@ -169,6 +169,37 @@ def test_pictures_of_the_pages_can_be_drawn_again(tmp_path: Path, monkeypatch: p
   assert {p.name for p in tmp_path.iterdir()} == {*("cache.png", "shapes.png", "training.png")}
 
 
+def test_records_are_drawn_under_the_roofs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+  def record(suite: str, name: str, tflops: float | None, gigabytes: float | None) -> str:
+    rates = {"tflops_per_second": tflops, "gigabytes_per_second": gigabytes}
+    made = {"suite": suite, "case": suite, "implementation": name, "device": "made up", **rates}
+    return json.dumps(made)
+
+  lines = [
+    record("gemm", "bfloat16", 700.0, 400.0),
+    record("gemm", "fp8 product", 1500.0, 500.0),
+    record("vae", "conv3d", 556.0, 200.0),
+    record("vae", "2 a call", 531.0, None),
+    record("elementwise", "jnp", None, 3900.0),
+    json.dumps({"loss": 0.5}),
+  ]
+  (tmp_path / "records.jsonl").write_text("\n".join(lines) + "\n")
+  (tmp_path / "others.jsonl").write_text(lines[-1])
+  monkeypatch.chdir(ROOT)
+  environment = {**os.environ, "MPLBACKEND": "Agg"}
+
+  def drawn(name: str) -> subprocess.CompletedProcess[str]:
+    arguments = [str(tmp_path / f"{name}.jsonl"), f"--out={tmp_path / name}.png"]
+    command = [sys.executable, "docs/roofline.py", *arguments]
+    return subprocess.run(command, env=environment, capture_output=True, text=True)
+
+  done = drawn("records")
+  assert done.returncode == 0, done.stderr
+  assert (tmp_path / "records.png").stat().st_size > 10_000
+  done = drawn("others")
+  assert done.returncode == 2 and "no records of the suites attention, elementwise" in done.stderr
+
+
 def page(kind: str, text: str, note: str = "") -> str:
   return f"{note}\n```{kind}\n{text}\n```\n"
 

@@ -34,6 +34,7 @@ __all__ = [
   "read_saved",
   "run_main",
   "to_json",
+  "without_files",
 ]
 
 BESIDE_WEIGHTS = "metadata.json"  # only a folder of weights has it
@@ -110,6 +111,17 @@ def read_saved(path: str | Path) -> Experiment:
   if (path.parent / BESIDE_WEIGHTS).is_file():
     config.io.checkpoint = str(path.parent)
   return config
+
+
+def without_files(experiment: Experiment) -> Experiment:
+  """The experiment, with prompts read as bytes where there are no weights to go by."""
+  if experiment.io.checkpoint or experiment.model.text.tokenizer:
+    return experiment
+  text = dataclasses.replace(experiment.model.text, tokenizer="bytes")
+  model = dataclasses.replace(experiment.model, text=text)
+  changed = dataclasses.replace(experiment, model=model)
+  check(changed)
+  return changed
 
 
 def check_experiment(config: object) -> None:

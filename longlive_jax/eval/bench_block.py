@@ -1,24 +1,25 @@
-"""The jobs of the suite "block": one whole block of a long video, in bfloat16 and in NVFP4.
+"""The jobs of the suites "block" and "step": passes over a block of a long video.
 
-The window is full, as it is in all but the first blocks of a video: all denoising steps against
-the cache, then the clean pass that leaves the block in it. Weights, cache and text are random; all
-variants come from the same ones. A call copies its cache once, which a rollout that owns its cache
-does not do: at 5B sizes 10 GB of bfloat16, 6 ms of 3.35 TB/s.
+The window is full, as it is in all but the first blocks of a video: denoising steps against the
+cache, then the clean pass that leaves the block in it. Variants differ in the precision of linear
+layers, cache and attention. Weights, cache and text are random; all variants come from the same
+ones. A call takes its cache over and gives it back, as in a rollout:
+nothing is copied, and what variants have in common is there once.
 """
 
 import copy
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
 
 import jax
 import jax.numpy as jnp
 
 from longlive_jax.config import Experiment
-from longlive_jax.eval.bench import Case, Record
+from longlive_jax.eval.bench import Case, Record, compiled
+from longlive_jax.eval.flops import cached_flops
 from longlive_jax.kernels.matmul_choice import use_kernels
 from longlive_jax.model import solvers
-from longlive_jax.model.dit import TextKV, declare_dit, separate_layers
+from longlive_jax.model.dit import TextKV, cast_params, declare_dit, separate_layers
 from longlive_jax.model.kv_cache import KVCache, SlotState
 from longlive_jax.model.ops import Ops
 from longlive_jax.quant.kv import QuantisedKVCache, Store
@@ -30,25 +31,40 @@ from longlive_jax.sample.schedule import SampleState, Schedule, Tables
 from longlive_jax.types import Array, PyTree
 
 BFLOAT16 = "bfloat16"
-# variant -> (quant.linears, quant.cache)
+INPUTS = "random weights, normal cache, text and noise"
+# variant -> (quant.linears, quant.cache, model.attention)
 VARIANTS = {
-  BFLOAT16: ("none", "none"),
-  "nvfp4 linears": ("nvfp4", "none"),
-  "nvfp4 cache": ("none", "nvfp4"),
-  "nvfp4 both": ("nvfp4", "nvfp4"),
+  BFLOAT16: ("none", "none", "auto"),
+  "fp8 linears": ("fp8", "none", "auto"),
+  "fp8 both": ("fp8", "none", "fp8"),
+  "nvfp4 linears": ("nvfp4", "none", "auto"),
+  "nvfp4 cache": ("none", "nvfp4", "auto"),
+  "nvfp4 both": ("nvfp4", "nvfp4", "auto"),
 }
+# `(params, cache, noise or latents, text) -> (latents, cache)`
+Run = Callable[[PyTree, PyTree, Array, TextKV], tuple[Array, PyTree]]
+ChooseOps = Callable[[Experiment], Ops]
+Unrolls = Callable[[Experiment], bool]
 
 
-def varied(experiment: Experiment, linears: str, cache: str) -> Experiment:
+def varied(experiment: Experiment, linears: str, cache: str, attention: str = "auto") -> Experiment:
   """The experiment with other precisions."""
   other = copy.deepcopy(dataclasses.replace(experiment))
   other.quant = dataclasses.replace(experiment.quant, linears=linears, cache=cache)
+  other.model = dataclasses.replace(experiment.model, attention=attention)
   return other
 
 
-def random_params(experiment: Experiment, cast: Callable[[PyTree, str], PyTree]) -> PyTree:
-  """Fresh weights of the transformer, with a head that is not zero."""
-  params = cast(declare_dit(experiment.model).init(0), experiment.model.dtype)
+def with_steps(experiment: Experiment, steps: int) -> Experiment:
+  """The experiment with another number of denoising steps."""
+  other = copy.deepcopy(dataclasses.replace(experiment))
+  other.sample = dataclasses.replace(experiment.sample, steps=steps)
+  return other
+
+
+def random_params(experiment: Experiment) -> PyTree:
+  """Fresh weights of the transformer in `model.dtype`, with a head that is not zero."""
+  params = cast_params(declare_dit(experiment.model).init(0), experiment.model.dtype)
   proj = params["head"]["proj"]
   kernel = (
     jax.random.normal(jax.random.key(1), proj["kernel"].shape) * proj["kernel"].shape[0] ** -0.5
@@ -79,17 +95,14 @@ def packed_cache(cache: KVCache, experiment: Experiment) -> QuantisedKVCache:
   return QuantisedKVCache(store(cache.k), store(cache.v))
 
 
-def caches_of(experiment: Experiment, unrolled: bool) -> dict[str, PyTree]:
-  """The same random cache as `quant.cache` stores it: "none", "nvfp4"."""
-  layers = experiment.model.layers
+def cache_of(experiment: Experiment, unrolled: bool) -> PyTree:
+  """The same random cache, as `quant.cache` stores it; unrolled a tuple with one a layer."""
   plain = random_cache(experiment)
-  made = {"none": plain, "nvfp4": packed_cache(plain, experiment)}
+  cache = plain if experiment.quant.cache == "none" else packed_cache(plain, experiment)
   if not unrolled:
-    return made
-  return {
-    name: tuple(jax.tree.map(lambda a, i=i: a[i : i + 1], cache) for i in range(layers))
-    for name, cache in made.items()
-  }
+    return cache
+  layers = range(experiment.model.layers)
+  return tuple(jax.tree.map(lambda a, i=i: a[i : i + 1], cache) for i in layers)
 
 
 def full_window(experiment: Experiment) -> Tables:
@@ -108,69 +121,125 @@ def random_text(experiment: Experiment) -> TextKV:
   return TextKV(*(jax.random.normal(key, shape, model.dtype) for key in keys))
 
 
-def one_block(
-  experiment: Experiment, ops: Ops, unrolled: bool
-) -> Callable[[Any, Array, TextKV], PyTree]:
-  """`((params, cache), noise, text) -> (latents, a few numbers of the cache)`."""
+def denoiser_of(experiment: Experiment, ops: Ops, unrolled: bool) -> Denoiser:
+  """The transformer of a variant with its solver."""
   sample, model = experiment.sample, experiment.model
-  network = declare_dit(model, unrolled)
   plan = solvers.plan(sample.solver, sample.steps, model.shift)
   ops = quantised_ops(ops, experiment.quant, declare_dit(model).abstract)
-  denoiser, tables = Denoiser(network, model, plan, ops=ops), full_window(experiment)
+  return Denoiser(declare_dit(model, unrolled), model, plan, ops=ops)
 
-  def run(own: Any, noise: Array, text: TextKV) -> PyTree:
-    params, cache = own
+
+def denoising(experiment: Experiment, ops: Ops, unrolled: bool) -> Run:
+  """All denoising steps of a block; its result is the latents."""
+  denoiser, tables = denoiser_of(experiment, ops, unrolled), full_window(experiment)
+
+  def run(params: PyTree, cache: PyTree, noise: Array, text: TextKV) -> tuple[Array, PyTree]:
     known = jnp.zeros(noise.shape[:2], bool)
-    texts, caches = (text,), (cache,)
-    latents, caches = denoiser.denoise(params, noise, texts, caches, tables, noise, known)
-    caches = denoiser.commit(params, latents, texts, caches, tables)
-    return latents, jax.tree.map(lambda a: a.reshape(-1)[-8:], caches)
+    latents, (cache,) = denoiser.denoise(params, noise, (text,), (cache,), tables, noise, known)
+    return latents, cache
 
   return run
 
 
-def cases(
-  experiment: Experiment,
-  ops: Ops,
-  cast: Callable[[PyTree, str], PyTree],
-  unrolls: Callable[[Experiment], bool],
-) -> Iterator[Case]:
-  """The one job of the suite.
+def cleaning(experiment: Experiment, ops: Ops, unrolled: bool) -> Run:
+  """The clean pass of latents; its result is in the cache."""
+  denoiser, tables = denoiser_of(experiment, ops, unrolled), full_window(experiment)
+
+  def run(params: PyTree, cache: PyTree, latents: Array, text: TextKV) -> tuple[Array, PyTree]:
+    (cache,) = denoiser.commit(params, latents, (text,), (cache,), tables)
+    return latents, cache
+
+  return run
+
+
+def one_block(experiment: Experiment, ops: Ops, unrolled: bool) -> Run:
+  """All denoising steps of a block and its clean pass; its result is the latents."""
+  denoise, clean = denoising(experiment, ops, unrolled), cleaning(experiment, ops, unrolled)
+
+  def run(params: PyTree, cache: PyTree, noise: Array, text: TextKV) -> tuple[Array, PyTree]:
+    latents, cache = denoise(params, cache, noise, text)
+    return clean(params, cache, latents, text)
+
+  return run
+
+
+@dataclasses.dataclass(frozen=True)
+class Variant:
+  """A job in one precision: `run` made of `kind(experiment, ops, unrolled)`."""
+
+  experiment: Experiment
+  kind: Callable[[Experiment, Ops, bool], Run]
+
+
+class Held:
+  """Weights and caches of the variants, each made once, when it is first needed.
 
   Args:
     experiment: gives all sizes; its `quant` says how, not whether.
-    ops: attention of this device.
-    cast: parameters to a dtype, see `build.cast_params`.
+    choose_ops: attention of a variant on this device, see `build.choose_ops`.
     unrolls: whether a variant has separate layers, see `build.unrolls`.
   """
-  params = random_params(experiment, cast)
-  variants = {name: varied(experiment, *precisions) for name, precisions in VARIANTS.items()}
-  caches = {each: caches_of(experiment, each) for each in {*map(unrolls, variants.values())}}
-  owned: dict[str, Any] = {}
-  functions: dict[str, Callable[..., PyTree]] = {}
-  more: dict[str, Record] = {}
-  for name, variant in variants.items():
-    weights, unrolled = quantise_params(params, variant.quant), unrolls(variant)
-    cache = caches[unrolled][variant.quant.cache]
-    more[name] = {
-      "layer_bytes": size(weights["layers"]),
-      "cache_bytes": size(cache),
-      "unrolled": unrolled,
-    }
-    owned[name] = separate_layers(weights) if unrolled else weights, cache
-    functions[name] = chosen(one_block(variant, ops, unrolled), name)
-  noise = jax.random.normal(jax.random.key(4), block_shape(experiment, 1))
-  model, sample = experiment.model, experiment.sample
-  yield Case(
-    "denoise and commit a block",
-    {"layers": model.layers, "width": model.width, "steps": sample.steps},
-    "random weights, normal cache, text and noise",
-    functions,
-    (owned, noise, random_text(experiment)),
-    lambda out: out[0],
-    BFLOAT16,
-    more=more,
-  )
+
+  def __init__(self, experiment: Experiment, choose_ops: ChooseOps, unrolls: Unrolls):
+    self.experiment, self.choose_ops, self.unrolls = experiment, choose_ops, unrolls
+    self.drawn: PyTree = None
+    self.params: dict[tuple[str, bool], PyTree] = {}
+    self.caches: dict[tuple[str, bool], PyTree] = {}
+
+  def weights(self, variant: Experiment, unrolled: bool) -> PyTree:
+    """Of the transformer, in the precision of a variant."""
+    key = variant.quant.linears, unrolled
+    if self.drawn is None:
+      self.drawn = random_params(self.experiment)
+    if key not in self.params:
+      made = quantise_params(self.drawn, variant.quant)
+      self.params[key] = separate_layers(made) if unrolled else made
+    return self.params[key]
+
+  def made(
+    self, variant: Variant, args: tuple[PyTree, ...]
+  ) -> tuple[Callable[..., PyTree], Record]:
+    """A variant compiled, as a function `(noise, text) -> (latents, cache)`.
+
+    The cache is valid until the next call of any variant that has the same.
+    """
+    experiment = variant.experiment
+    unrolled = self.unrolls(experiment)
+    params, key = self.weights(experiment, unrolled), (experiment.quant.cache, unrolled)
+    if key not in self.caches:
+      self.caches[key] = cache_of(experiment, unrolled)
+    run = variant.kind(experiment, self.choose_ops(experiment), unrolled)
+    executable, known = compiled(run, (params, self.caches[key], *args), donated=(1,))
+
+    def call(*args: PyTree) -> tuple[Array, PyTree]:
+      out, self.caches[key] = executable(params, self.caches[key], *args)
+      return out, self.caches[key]
+
+    held = {"layer_bytes": size(params["layers"]), "cache_bytes": size(self.caches[key])}
+    return call, known | held | {"unrolled": unrolled}
+
+  def case(
+    self,
+    name: str,
+    kind: Callable[[Experiment, Ops, bool], Run],
+    steps: int,
+    value: Callable[[PyTree], Array],
+    flops: float,
+  ) -> Case:
+    """A job in all precisions."""
+    experiment = with_steps(self.experiment, steps)
+    model = experiment.model
+    return Case(
+      name,
+      {"layers": model.layers, "width": model.width, "steps": steps},
+      INPUTS,
+      {n: Variant(varied(experiment, *each), kind) for n, each in VARIANTS.items()},
+      (jax.random.normal(jax.random.key(4), block_shape(experiment, 1)), random_text(experiment)),
+      value,
+      BFLOAT16,
+      flops=flops,
+      make=self.made,
+    )
 
 
 def size(tree: PyTree) -> int:
@@ -178,10 +247,36 @@ def size(tree: PyTree) -> int:
   return sum(leaf.nbytes for leaf in jax.tree.leaves(tree))
 
 
-def chosen(run: Callable[..., PyTree], name: str) -> Callable[..., PyTree]:
-  """A job that takes what a variant owns out of all there is."""
+def pass_flops(experiment: Experiment) -> float:
+  """Operations of one pass over a block; keys and values of the prompt are given."""
+  window = experiment.sample.window_latents
+  counted = cached_flops(experiment.model, experiment.latent_tokens, window)
+  return float(counted.forward - counted.text)
 
-  def named(owned: Mapping[str, Any], noise: Array, text: TextKV) -> PyTree:
-    return run(owned[name], noise, text)
 
-  return named
+def stored(cache: PyTree) -> Array:
+  """Keys `[B, S_b * N, D]` in the last slot of the last layer, as they are read from the cache."""
+  last = cache[-1] if isinstance(cache, tuple) else cache
+  if isinstance(last, KVCache):
+    keys = last.k[-1, :, -1]
+  else:
+    layers, _, slots = last.k.amax.shape
+    keys = last.k.read(layers - 1, slots, 1, jnp.dtype(jnp.bfloat16))[:, -1]
+  return keys.reshape(keys.shape[0], -1, keys.shape[-1])
+
+
+def cases(
+  experiment: Experiment, choose_ops: ChooseOps, unrolls: Unrolls, steps: Sequence[int]
+) -> Iterator[Case]:
+  """The jobs of the suite "block", one for each number of denoising steps; see `Held`."""
+  held = Held(experiment, choose_ops, unrolls)
+  for count in steps:
+    flops = (count + 1) * pass_flops(experiment)
+    yield held.case("denoise and commit a block", one_block, count, lambda out: out[0], flops)
+
+
+def passes(experiment: Experiment, choose_ops: ChooseOps, unrolls: Unrolls) -> Iterator[Case]:
+  """The jobs of the suite "step": one pass of each kind; see `Held`."""
+  held, flops = Held(experiment, choose_ops, unrolls), pass_flops(experiment)
+  yield held.case("denoising pass", denoising, 1, lambda out: out[0], flops)
+  yield held.case("clean pass", cleaning, 1, lambda out: stored(out[1]), flops)

@@ -7,17 +7,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from longlive_jax.config import Experiment
-from longlive_jax.config.load import load_config
 from longlive_jax.config.schema import Video
 from longlive_jax.data.shapes import write_clips
-from longlive_jax.eval import bench_block
+from longlive_jax.eval import bench_quant
 from longlive_jax.eval.bench import Case, chain, measure
-from longlive_jax.model.dit import cast_params
-from longlive_jax.model.ops import REFERENCE
-from tests.launch.tiny import OVERRIDES, TINY
+from tests.launch.tiny import TINY
 
-BLOCK = {"model.width": 64, "model.ffn_width": 64, "model.heads": 2}
 QUICK = ("--sizes=tiny", "--repeats=3", "--warm_seconds=0")
 
 
@@ -30,36 +25,12 @@ def test_every_part_has_a_record_of_how_fast_how_right_and_where(program, tmp_pa
   assert {(record["case"], record["implementation"]) for record in records} >= {
     ("quantise", "jnp"),
     ("fake quantise", "jnp"),
-    ("product with a packed weight", "bfloat16"),
-    ("product with a packed weight", "jnp"),
     ("read the packed cache", "jnp"),
   }
   for record in records:
     assert 0 < record["p10_us"] <= record["median_us"] <= record["p90_us"]
     assert record["error"] < 0.01 and record["compile_seconds"] > 0
     assert record["versions"]["jax"] == jax.__version__ and record["device"]
-
-
-def test_a_block_is_timed_in_every_precision():
-  experiment = load_config("configs/tiny.py", {**OVERRIDES, **BLOCK})
-
-  def unrolls(variant: Experiment) -> bool:
-    return variant.quant.linears == "none"
-
-  (case,) = bench_block.cases(experiment, REFERENCE, cast_params, unrolls)
-  records = {record["implementation"]: record for record in measure(case, 2, 0.0)}
-  assert set(records) == set(bench_block.VARIANTS)
-  errors = {name: record["error"] for name, record in records.items()}
-  assert errors["bfloat16"] == 0 and min(errors["nvfp4 linears"], errors["nvfp4 cache"]) > 1e-4
-  assert max(errors.values()) < 0.5
-  held = {name: record["argument_bytes"] for name, record in records.items()}
-  assert {name for name, record in records.items() if record["unrolled"]} == {
-    "bfloat16",
-    "nvfp4 cache",
-  }
-  ratio = records["nvfp4 cache"]["cache_bytes"] / records["bfloat16"]["cache_bytes"]
-  assert ratio == pytest.approx(9 / 64, rel=0.06)  # of float32, and an amax a small slot
-  assert held["nvfp4 both"] < min(held["nvfp4 linears"], held["nvfp4 cache"]) < held["bfloat16"]
 
 
 def test_a_case_that_is_not_there(program, tmp_path):
@@ -72,6 +43,12 @@ def test_a_chain_does_every_job_and_walks_over_the_weights():
   weights = [jnp.eye(8) * factor for factor in (1.0, 2.0, 3.0)]
   found = chain(lambda x, w: x @ w, 4, 3)(jnp.ones((8, 8)), (weights,))
   np.testing.assert_array_equal(np.asarray(found)[:, 0, 0], [1, 2, 3, 1])
+
+
+def test_each_job_of_a_chain_decodes_its_weight_again():
+  run = chain(lambda x, w: x @ jnp.sin(w), 4, 2)
+  text = jax.jit(run).lower(jnp.ones((8, 8)), ([jnp.eye(8)] * 2,)).compile().as_text()
+  assert text.count(" sine(") == 4
 
 
 def test_errors_and_rates_are_of_one_job():
@@ -90,6 +67,69 @@ def test_errors_and_rates_are_of_one_job():
   right, off = measure(case, repeats=2, warm_seconds=0.0)
   assert right["error"] == 0 and off["error"] == pytest.approx(0.01, rel=1e-3)
   assert right["tflops_per_second"] == pytest.approx(16 / right["median_us"] / 1e6)
+  (alone,) = measure(case, repeats=2, warm_seconds=0.0, only=("off",))
+  assert alone["error"] == off["error"] and alone["reference"] == "right"
+
+
+def test_what_is_compared_may_be_computed_otherwise_and_of_other_arguments():
+  def square(scale: jax.Array, x: jax.Array) -> jax.Array:
+    return scale * x**2
+
+  case = Case(
+    name="square",
+    sizes={},
+    inputs="a number",
+    functions={"once": square, "tenfold": square},
+    args=(jnp.float32(3.0),),
+    value=lambda y: y,
+    reference="by hand",
+    own={"once": (jnp.float32(1.0),), "tenfold": (jnp.float32(10.0),)},
+    values={"tenfold": lambda y: y / 8},
+    truth=lambda: jnp.float32(9.0),
+  )
+  once, tenfold = measure(case, repeats=1, warm_seconds=0.0)
+  assert once["error"] == 0 and tenfold["error"] == pytest.approx(0.25)
+  assert once["flops"] is None and once["reference"] == "by hand"
+
+
+def test_a_run_that_is_interrupted_leaves_what_it_measured(program, tmp_path, monkeypatch):
+  whole = bench_quant.cases
+
+  def interrupted(sizes):
+    yield next(iter(whole(sizes)))
+    raise KeyboardInterrupt
+
+  monkeypatch.setattr(bench_quant, "cases", interrupted)
+  out = tmp_path / "part.jsonl"
+  assert program("bench", *QUICK, f"--out={out}").code == 130
+  assert [json.loads(line)["case"] for line in out.read_text().splitlines()] == ["quantise"]
+
+
+def test_each_implementation_is_traced(program, tmp_path):
+  flags = ("--only=read", f"--profile={tmp_path / 'traces'}", f"--out={tmp_path / 'x.jsonl'}")
+  done = program("bench", *QUICK, *flags)
+  assert done.code == 0, done.stderr
+  (place,) = (tmp_path / "traces" / "read_the_packed_cache").iterdir()
+  assert [each.name for each in place.iterdir()] == ["jnp"]
+  assert list(place.rglob("*.xplane.pb"))
+
+
+@pytest.mark.parametrize(
+  ("flags", "said"),
+  [
+    (("--suite=nothing",), "attention|block|elementwise|gemm|quant|sp|step|vae"),
+    (("--steps=4,0",), "--steps=4,0 must be numbers of at least 1, such as 4,2"),
+    (("--steps=two",), "--steps=two must be numbers of at least 1"),
+    (("--profile=README.md",), "README.md: it is a file; give the name of a folder"),
+    (
+      ("--only=read", "--implementations=jnp,kernal"),
+      "--implementations has 'kernal'; here --suite=quant has jnp",
+    ),
+  ],
+)
+def test_what_cannot_be_timed_is_refused_in_one_line(program, tmp_path, flags, said):
+  done = program("bench", *QUICK, *flags, f"--out={tmp_path / 'x.jsonl'}")
+  assert done.code == 2 and said in done.stderr and done.stderr.count("\n") == 1
 
 
 TRAIN = (

@@ -10,8 +10,7 @@ from longlive_jax.build import choose_ops
 from longlive_jax.config.load import load_config
 from longlive_jax.eval import bench_block
 from longlive_jax.eval.bench import relative_error
-from longlive_jax.model.dit import cast_params
-from longlive_jax.model.ops import Ops, attend_with, dense_attention
+from longlive_jax.model.ops import dense_attention
 from longlive_jax.quant.fp8_attention import fp8_attention
 from longlive_jax.quant.policy import quantise_params
 from longlive_jax.sample.latents import block_shape
@@ -73,18 +72,19 @@ def block():
   """The latents of a block, full window, for any switches; two layers, the same weights."""
   sizes = {**OVERRIDES, "model.width": 64, "model.heads": 2, "model.dtype": "bfloat16"}
   experiment = load_config("configs/tiny.py", sizes)
-  params = bench_block.random_params(experiment, cast_params)
-  caches = bench_block.caches_of(experiment, unrolled=False)
+  params = bench_block.random_params(experiment)
+  caches = {
+    kind: bench_block.cache_of(bench_block.varied(experiment, "none", kind), unrolled=False)
+    for kind in ("none", "nvfp4")
+  }
   noise = jax.random.normal(jax.random.key(4), block_shape(experiment, 1))
   text = bench_block.random_text(experiment)
 
   def run(linears: str, cache: str, attention: str) -> Array:
-    varied = bench_block.varied(experiment, linears, cache)
-    dense = fp8_attention if attention == "fp8" else choose_ops(experiment).dense
-    ops = Ops(attend=attend_with(dense), dense=dense)
-    job = jax.jit(bench_block.one_block(varied, ops, unrolled=False))
+    varied = bench_block.varied(experiment, linears, cache, attention)
+    job = jax.jit(bench_block.one_block(varied, choose_ops(varied), unrolled=False))
     weights = quantise_params(params, varied.quant)
-    return job((weights, caches[cache]), noise, text)[0]
+    return job(weights, caches[cache], noise, text)[0]
 
   return run
 
