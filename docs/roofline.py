@@ -1,9 +1,9 @@
 """Draws what benchmarks measured under the roofs of the device: `python docs/roofline.py`.
 
 Reads records of `launch.bench`, by default those in benchmarks/results. On the left of roofline.png
-is every job that multiplies and whose bytes are known, on the right what passes that do not
-multiply read and write. The roofs are those of one NVIDIA H200: memory by the data sheet, products
-as measured.
+is every job that multiplies and whose bytes are known, on the right, if any were measured, what
+passes that do not multiply read and write. The roofs are those of one NVIDIA H200: memory by the
+data sheet, products as measured.
 """
 
 import argparse
@@ -77,10 +77,17 @@ def draw_passes(axes: plt.Axes, records: list[Record]) -> None:
 
 def draw(records: list[Record], path: Path) -> None:
   """The picture of these records."""
-  figure, axes = plt.subplots(1, 2, figsize=(11, 4.8), layout="constrained", width_ratios=(2.4, 1))
   known = [record for record in records if record["gigabytes_per_second"]]
+  passes = [record for record in known if not record["tflops_per_second"]]
+  widths = (2.4, 1) if passes else (2.4,)
+  figure, grid = plt.subplots(
+    1, len(widths), figsize=(sum(widths) * 3.2, 4.8), squeeze=False, width_ratios=widths
+  )
+  figure.set_layout_engine("constrained")
+  axes = grid[0]
   draw_products(axes[0], [record for record in known if record["tflops_per_second"]])
-  draw_passes(axes[1], [record for record in known if not record["tflops_per_second"]])
+  if passes:
+    draw_passes(axes[1], passes)
   axes[0].set_title(", ".join(sorted({record["device"] for record in records})))
   figure.savefig(path, dpi=110)
   plt.close(figure)

@@ -2,7 +2,8 @@
 
 Blocks of ```python run in order in one namespace. Of ```bash blocks, every `make X` must be a
 target and every `python -m X --flag=...` a module with such flags. An HTML comment right before a
-block changes that: `<!-- not run: reason -->` skips it, `<!-- run -->` also executes its commands.
+block changes that: `<!-- not run: reason -->` skips it, `<!-- run -->` also executes its commands;
+where the page shows what they print, they must print that.
 """
 
 import ast
@@ -56,6 +57,14 @@ def commands(block: Block) -> list[list[str]]:
     lines = [line[2:] for line in lines if line.startswith("$ ")]
   split = [shlex.split(line, comments=True) for line in lines]
   return [words for words in split if words]
+
+
+def printed(block: Block) -> str:
+  """What a block with prompts shows of the output of its commands."""
+  lines = block.text.replace("\\\n", " ").splitlines()
+  if not any(line.startswith("$ ") for line in lines):
+    return ""
+  return "\n".join(line for line in lines if not line.startswith("$ ")).strip()
 
 
 def make_targets() -> set[str]:
@@ -136,6 +145,8 @@ def check_page(markdown: str, name: str = "page") -> None:
           program = sys.executable if words[0] == "python" else words[0]
           done = subprocess.run([program, *words[1:]], cwd=ROOT, capture_output=True, text=True)
           assert done.returncode == 0, f"{where}: {shlex.join(words)}\n{done.stderr}"
+          if wanted := printed(block):
+            assert done.stdout.strip() == wanted, f"{where}: {shlex.join(words)} prints otherwise"
 
 
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]

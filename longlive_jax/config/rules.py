@@ -47,6 +47,7 @@ MORE_THAN_ZERO = (
   "model.eps",
   "model.rope_theta",
   "sample.t_scale",
+  "train.clip_norm",
   "train.lr",
 )
 BELOW_ONE = ("train.beta1", "train.beta2", "train.ema")

@@ -48,7 +48,8 @@ def mesh_shape(
       f"parallel.fsdp={fsdp} * parallel.seq={seq} needs {fsdp * seq} devices; there are {devices}"
     )
   check_divides("train.batch / train.accumulate", batch, "parallel.fsdp", fsdp)
-  data = math.gcd(batch // fsdp, devices // (fsdp * seq))
+  groups = devices // (fsdp * seq)
+  data = next(n for n in range(groups, 0, -1) if batch // fsdp % n == 0)
   half = 2 if layout == "plain" and seq > 1 else 1
   if half == 2 and batch > data * fsdp:
     raise ValueError(
@@ -80,7 +81,7 @@ def make_mesh(
       f" process {min(idle)}; use a batch that more of them divide, or fewer processes"
     )
   if count < len(devices):
-    logging.info("a batch of %d uses %d of %d devices", batch, count, len(devices))
+    logging.warning("a batch of %d uses %d of %d devices", batch, count, len(devices))
   axes = (AxisType.Auto,) * 4
   return jax.make_mesh(shape, (DATA, FSDP, HALF, SEQ), axes, devices=devices[:count])
 

@@ -20,9 +20,11 @@ from tests.launch.tiny import OVERRIDES
 COLLECTIVES = "all-reduce|all-gather|all-to-all|collective-permute|reduce-scatter"
 
 
-@pytest.mark.parametrize(("batch", "devices"), [(8, 8), (12, 4), (3, 1), (40, 8)])
-def test_as_many_devices_as_divide_the_batch(batch, devices):
-  assert make_mesh(batch).size == devices
+@pytest.mark.parametrize(
+  ("batch", "seq", "devices"), [(8, 1, 8), (12, 1, 6), (3, 1, 3), (40, 1, 8), (3, 2, 6), (5, 4, 4)]
+)
+def test_as_many_devices_as_divide_the_batch(batch, seq, devices):
+  assert make_mesh(batch, seq=seq).size == devices
 
 
 def test_what_shares_a_block_in_sampling_may_not_share_a_clip_in_training(root):
