@@ -9,6 +9,7 @@ Videos are then decoded and encoded once and not in every epoch. `latent_write` 
 import dataclasses
 import hashlib
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from longlive_jax.types import PyTree
 INDEX, UNFINISHED = "index.json", "unfinished.json"
 SUFFIX = ".safetensors"
 VERSION = 1
+MISSING_SHOWN = 3
 SETTINGS = {  # of a format, for its errors
   "block_latents": "model.block_latents",
   "latent_height": "video.height / 16",
@@ -150,7 +152,7 @@ class LatentFiles:
       vae: the autoencoder they must come from; None accepts any.
 
     Raises:
-      FileNotFoundError: there is no such folder of latents.
+      FileNotFoundError: there is no such folder of latents, or files of it are missing.
       ValueError: it is unfinished, belongs to another model, or has no item that is long enough.
     """
     data = experiment.data
@@ -178,11 +180,8 @@ class LatentFiles:
           *(item["file"], self.blocks_of(item), data.blocks, data.min_blocks),
         )
     if not self.items:
-      longest = max(map(self.blocks_of, items), default=0)
-      raise ValueError(
-        f"data.path='{data.path}' has no item of data.blocks={data.blocks}; the longest has"
-        f" {longest}: use data.blocks={max(longest, 1)}, or data.pad=true"
-      )
+      raise ValueError(nothing_long_enough(experiment, max(map(self.blocks_of, items), default=0)))
+    check_present(self.path, [item["file"] for item in self.items])
     logging.info("data.path=%s: %d items of latents", data.path, len(self.items))
 
   def __len__(self) -> int:
@@ -203,7 +202,8 @@ class LatentFiles:
     """Reads `data.blocks` blocks of an item.
 
     Raises:
-      ValueError: the file cannot be read, or is not what the index says.
+      ValueError: the file cannot be read, is not what the index says, or holds numbers that are
+        not finite.
     """
     item = self.items[number]
     path = self.path / item["file"]
@@ -217,6 +217,10 @@ class LatentFiles:
         latents = stored[: blocks * n]
     except (OSError, safetensors.SafetensorError) as error:
       raise ValueError(f"latents '{path}' cannot be read: {error}") from error
+    if not np.isfinite(latents.astype(np.float32)).all():
+      raise ValueError(
+        f"latents '{path}' are not finite: remove the file, and run launch.encode again"
+      )
     missing = self.blocks - blocks
     prompts, shots = item["prompts"][:blocks], item["shots"][:blocks]
     return LatentItem(
@@ -224,6 +228,38 @@ class LatentFiles:
       prompts=(*prompts, *[prompts[-1]] * missing),
       shots=np.asarray(shots + [shots[-1]] * missing, np.int32),
       valid_latents=min(item["valid_latents"], self.blocks * n),
+    )
+
+
+def nothing_long_enough(experiment: Experiment, longest: int) -> str:
+  """What is wrong with a folder whose longest item has so many blocks, and what to do."""
+  data = experiment.data
+  if not longest:
+    return (
+      f"data.path='{data.path}' has no items in its {INDEX}, or none that fills a block: make its"
+      " latents with launch.encode, in another folder"
+    )
+  if data.pad:
+    return (
+      f"data.path='{data.path}' has no item of data.min_blocks={data.min_blocks}; the longest has"
+      f" {longest}: use data.min_blocks={longest}"
+    )
+  return (
+    f"data.path='{data.path}' has no item of data.blocks={data.blocks}; the longest has {longest}:"
+    f" use data.blocks={longest}, or data.pad=true"
+  )
+
+
+def check_present(path: Path, files: list[str]) -> None:
+  """Lists the folder once, and raises FileNotFoundError if it lacks some of these files."""
+  there = set(os.listdir(path))
+  missing = [file for file in files if file not in there and not (path / file).is_file()]
+  if missing:
+    more = f" and {len(missing) - MISSING_SHOWN} more" if len(missing) > MISSING_SHOWN else ""
+    raise FileNotFoundError(
+      f"data.path='{path}' lacks {len(missing)} of the {len(files)} files that its {INDEX} lists:"
+      f" {', '.join(missing[:MISSING_SHOWN])}{more}. Copy them again, or run launch.encode again"
+      " with the same settings: it makes what is missing"
     )
 
 

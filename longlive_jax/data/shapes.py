@@ -15,10 +15,11 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 import numpy as np
-from absl import app, flags, logging
+from absl import flags, logging
 
 from longlive_jax import checks
 from longlive_jax import config as config_lib
+from longlive_jax.config.flags import run_main
 from longlive_jax.data.shapes_render import (
   BACKGROUNDS,
   COLOURS,
@@ -35,6 +36,7 @@ from longlive_jax.data.shapes_spec import (
   sample_clip,
   shot_frames,
 )
+from longlive_jax.io.atomic import check_writable
 
 __all__ = [
   "ClipSpec",
@@ -152,19 +154,25 @@ def write_clips(
     blocks: blocks of 8 latents of every shot.
     video: size and frame rate.
     max_shots: if not 0, clips have as many blocks, cut anew into 1 to `max_shots` shots each.
+
+  Raises:
+    ValueError: a number is wrong, or the folder holds other clips than these.
+    OSError: the folder cannot be written.
   """
   from longlive_jax.io.video import write_video  # needs PyAV, which training does not
 
   checks.check_at_least("clips", clips, 1)
+  specs = {}
   for number in range(clips):
     rng = np.random.default_rng((seed, number))
     lengths = random_shots(rng, sum(blocks), max_shots) if max_shots else blocks
-    spec = sample_clip(rng, shot_frames(lengths, 8), video)
-    folder = f"{number:05d}"
+    specs[f"{number:05d}"] = sample_clip(rng, shot_frames(lengths, 8), video)
+  make_folder(out, list(specs))
+  for folder, spec in specs.items():
     for kind in ("video", "caption"):
       (out / kind / folder).mkdir(parents=True, exist_ok=True)
       for old in (out / kind / folder).iterdir():  # of an earlier run, which had more shots
-        if old.stem.isdigit() and int(old.stem) >= len(lengths):
+        if old.stem.isdigit() and int(old.stem) >= len(spec.shots):
           old.unlink()
     for i, (first, shot) in enumerate(zip(spec.first_frames, spec.shots, strict=True)):
       frames = render(spec, video, first, first + shot.frames)
@@ -173,9 +181,32 @@ def write_clips(
       (out / "caption" / folder / f"{i}.json").write_text(text + "\n", encoding="utf-8")
 
 
+def make_folder(out: pathlib.Path, names: Sequence[str]) -> None:
+  """Makes the folder of a paired video dataset of these samples.
+
+  Raises:
+    ValueError: it is there, and has other samples.
+    OSError: it cannot be made, or written.
+  """
+  check_writable(out, folder=True)
+  found = [path for kind in ("video", "caption") for path in (out / kind).glob("[!.]*")]
+  others = sorted({path.name for path in found} - set(names))
+  if others:
+    last = f" to {others[-1]}" if len(others) > 1 else ""
+    raise ValueError(
+      f"'{out}' holds {len(others)} other clips ({others[0]}{last}) than the {len(names)} to write,"
+      " which would be one set with them: give another folder, or remove them"
+    )
+  try:
+    out.mkdir(parents=True, exist_ok=True)
+  except OSError as error:
+    reason = f"the folder cannot be made: {error.strerror}"
+    raise OSError(error.errno, reason, str(out)) from error
+
+
 def _define_flags() -> None:
   """Declares the flags of the command; not at import, where other commands' flags live."""
-  flags.DEFINE_string("out", None, "folder to write to", required=True)
+  flags.DEFINE_string("out", None, "folder to write to")
   flags.DEFINE_integer("clips", 4, "clips to write", lower_bound=1)
   flags.DEFINE_integer("seed", 0, "clip i is drawn from (seed, i)", lower_bound=0)
   flags.DEFINE_list("shot_blocks", ["2", "2"], "blocks of 8 latents of every shot")
@@ -189,19 +220,19 @@ def _define_flags() -> None:
 
 def main(argv: Sequence[str]) -> None:
   """Writes clips as the flags say."""
-  if len(argv) > 1:
-    raise app.UsageError(f"unknown argument {argv[1]!r}; every setting is a flag, like --clips=4")
+  del argv
   values = flags.FLAGS
-  try:
-    blocks = [int(n) for n in values.shot_blocks]
-    video = config_lib.Video(height=values.height, width=values.width, fps=values.fps)
-    out = pathlib.Path(values.out)
-    write_clips(out, values.clips, values.seed, blocks, video, max_shots=values.max_shots)
-  except ValueError as error:
-    raise app.UsageError(str(error)) from error
+  if not values.out:
+    raise ValueError("--out is needed: the folder to write to")
+  if not all(number.strip().isdecimal() for number in values.shot_blocks):
+    raise ValueError(f"--shot_blocks={','.join(values.shot_blocks)} must be numbers such as 2,2")
+  blocks = [int(number) for number in values.shot_blocks]
+  video = config_lib.Video(height=values.height, width=values.width, fps=values.fps)
+  out = pathlib.Path(values.out)
+  write_clips(out, values.clips, values.seed, blocks, video, max_shots=values.max_shots)
   logging.info("wrote %d clips to %s", values.clips, values.out)
 
 
 if __name__ == "__main__":
   _define_flags()
-  app.run(main)
+  run_main(main)

@@ -4,6 +4,7 @@ A source opens its folder once, at the start of a run. What would stop the run l
 caption that is longer than the text encoder takes, is an error then, which names the file.
 """
 
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple, Protocol
@@ -19,6 +20,7 @@ from longlive_jax.data.video_read import read_frames
 
 Tokenize = Callable[[Sequence[str]], tuple[np.ndarray, np.ndarray]]
 Windows = Sequence[tuple[int, int]]
+FILES_SHOWN = 3  # of those whose prompts cannot be used
 
 
 class Content(NamedTuple):
@@ -182,14 +184,24 @@ def check_prompts(source: Source, tokenize: Tokenize) -> None:
   """Tokenizes every different prompt once.
 
   Raises:
-    ValueError: one cannot be; names its file.
+    ValueError: some cannot be; says how many files have such prompts and names the first few.
   """
-  seen: set[str] = set()
+  trouble = functools.cache(functools.partial(trouble_with, tokenize))
+  wrong: dict[str, str] = {}
   for file, prompt in source.prompts():
-    if prompt in seen:
-      continue
-    seen.add(prompt)
-    try:
-      tokenize([prompt])
-    except ValueError as error:
-      raise ValueError(f"'{file}': {error}") from error
+    if line := trouble(prompt):
+      wrong.setdefault(file, f"'{file}': {line}")
+  if wrong:
+    lines = [*wrong.values()][:FILES_SHOWN]
+    count = f"{len(wrong)} files have prompts that cannot be used: " if len(wrong) > 1 else ""
+    more = f"; and {len(wrong) - FILES_SHOWN} more" if len(wrong) > FILES_SHOWN else ""
+    raise ValueError(count + "; ".join(lines) + more)
+
+
+def trouble_with(tokenize: Tokenize, prompt: str) -> str:
+  """Why a prompt cannot be tokenized; empty if it can be."""
+  try:
+    tokenize([prompt])
+  except ValueError as error:
+    return str(error)
+  return ""

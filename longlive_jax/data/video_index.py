@@ -227,6 +227,11 @@ def read_caption(path: Path) -> str:
     raise ValueError(f'its caption {where} is not of the form {{"caption": "..."}}')
   if not caption.strip():
     raise ValueError(f"its caption {where} is empty")
+  try:
+    caption.encode()
+  except UnicodeEncodeError as error:
+    wrong = caption[error.start].encode("unicode_escape").decode()
+    raise ValueError(f"its caption {where} holds {wrong}, which is no character") from error
   return caption.strip()
 
 

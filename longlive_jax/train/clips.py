@@ -7,20 +7,30 @@ positions, so that training and sampling attend over the same distances.
 
 import dataclasses
 import functools
-from collections.abc import Callable, Sequence
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from absl import logging
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
 from jax.tree_util import register_dataclass
+from tqdm import tqdm
 
 from longlive_jax.config import Data, Experiment
 from longlive_jax.data import shapes
 from longlive_jax.data.shapes import random_shots
 from longlive_jax.model.kv_cache import SlotState, Window, admit, pin_block
 from longlive_jax.model.rope import temporal_table
+from longlive_jax.parallel.mesh import split_batch
 from longlive_jax.types import Array, PyTree
+
+ENCODED = 16  # clips encoded at a time
+LOG_SECONDS = 60  # between lines about a bank, where there is no bar
 
 
 @functools.partial(
@@ -140,6 +150,33 @@ def block_prompts(
   ]
 
 
+def group_of(mesh: Mesh, count: int) -> int:
+  """Clips that `encode_clips` takes at a time: a multiple of the devices of a mesh.
+
+  On CPUs it is one a device: that keeps them busy, and signals are heard sooner.
+  """
+  most = mesh.size if mesh.devices.flat[0].platform == "cpu" else ENCODED
+  return mesh.size * max(1, min(most, count) // mesh.size)
+
+
+def mesh_encoder(
+  vae: Any, mesh: Mesh, chunk: int | None = None
+) -> Callable[[PyTree, Array], Array]:
+  """An encoder for `encode_clips`: clips are split over a mesh, and each device gets all latents.
+
+  Args:
+    vae: the autoencoder.
+    mesh: whose devices divide a group.
+    chunk: latents encoded at a time; None: as many as the autoencoder says.
+  """
+
+  def encode(params: PyTree, video: Array) -> Array:
+    latents = split_batch(vae.bind(params).encode(split_batch(video, mesh), chunk), mesh)
+    return jax.lax.with_sharding_constraint(latents, NamedSharding(mesh, P()))
+
+  return encode
+
+
 def encode_clips(
   experiment: Experiment,
   specs: list[shapes.ClipSpec],
@@ -148,26 +185,59 @@ def encode_clips(
   group: int,
   latents: int,
 ) -> Array:
-  """The first latents `[N, latents, h, w, C]` bfloat16 of N clips, made by groups."""
-  data, video = experiment.data, experiment.video
-  frames = jnp.arange(4 * latents - 3)
-  count = len(specs)
-  filled = [specs[i % count] for i in range(count + -count % group)]
+  """The first latents `[N, latents, h, w, C]` bfloat16 of N clips, made by groups.
+
+  Each group is waited for, so that a signal is heard between two of them. The result lies on the
+  devices as the latents of a group do.
+  """
+  data, video, count = experiment.data, experiment.video, len(specs)
+  packed = shapes.pack_many(specs, data.max_shots)
   draw = functools.partial(
-    shapes.render_packed, frame_indices=frames, height=video.height, width=video.width
+    shapes.render_packed,
+    frame_indices=jnp.arange(4 * latents - 3),
+    height=video.height,
+    width=video.width,
   )
 
   @jax.jit
-  def all_groups(params: PyTree, groups: Any) -> Array:
-    def one(rows: Any) -> Array:
-      return encode(params, jax.vmap(draw)(rows)).astype(jnp.bfloat16)
+  def encode_group(params: PyTree, rows: Any) -> Array:
+    return encode(params, jax.vmap(draw)(rows)).astype(jnp.bfloat16)
 
-    return jax.lax.map(one, groups)
+  made = None
+  for start in group_starts(count, group):
+    chosen = np.arange(start, start + group) % count
+    found = encode_group(params, {name: rows[chosen] for name, rows in packed.items()})
+    grown = zeros_like_rows(found, count) if made is None else made
+    made = put_rows(grown, found, np.int32(start), min(group, count - start))
+    made.block_until_ready()
+  if made is None:
+    raise ValueError("there are no clips to encode")
+  return made
 
-  packed = shapes.pack_many(filled, data.max_shots)
-  groups = jax.tree.map(lambda a: jnp.asarray(a).reshape(-1, group, *a.shape[1:]), packed)
-  made = all_groups(params, groups)
-  return made.reshape(len(filled), *made.shape[2:])[:count]
+
+def zeros_like_rows(rows: Array, count: int) -> Array:
+  """Zeros `[count, ...]` of the kind of some rows, where they lie."""
+  fill = functools.partial(jnp.zeros, (count, *rows.shape[1:]), rows.dtype)
+  return jax.jit(fill, out_shardings=rows.sharding)()
+
+
+@functools.partial(jax.jit, donate_argnums=0, static_argnums=3)
+def put_rows(array: Array, rows: Array, start: Array, keep: int) -> Array:
+  """An array with the first `keep` of some rows put at `start`, in place."""
+  return jax.lax.dynamic_update_slice_in_dim(array, rows[:keep], start, 0)
+
+
+def group_starts(count: int, group: int) -> Iterator[int]:
+  """Yields the first clip of each group, and shows how far they are: a bar, or lines of a log."""
+  logging.info("encoding %d clips of the shapes world", count)
+  told, hidden = time.monotonic(), not sys.stderr.isatty() or jax.process_index() != 0
+  with tqdm(total=count, unit="clip", desc="clips", disable=hidden) as bar:
+    for start in range(0, count, group):
+      yield start
+      bar.update(min(group, count - start))
+      if hidden and time.monotonic() - told > LOG_SECONDS:
+        logging.info("%d of %d clips are encoded", min(start + group, count), count)
+        told = time.monotonic()
 
 
 def choose(key: Array, bank: Bank, batch: int, data: Data) -> tuple[Array, Array]:

@@ -15,12 +15,16 @@ from longlive_jax.config import Experiment
 from longlive_jax.data.prompts import BlockPrompt, expand, script_files
 from longlive_jax.io.image import read_image
 from longlive_jax.io.processes import whole
-from longlive_jax.parallel.mesh import split_batch
 from longlive_jax.sample.sampler import Models
-from longlive_jax.train.clips import block_prompts, encode_clips, find_cuts, make_clips
+from longlive_jax.train.clips import (
+  block_prompts,
+  encode_clips,
+  find_cuts,
+  group_of,
+  make_clips,
+  mesh_encoder,
+)
 from longlive_jax.train.feed import open_files
-
-ENCODED = 16  # first frames of the shapes world encoded at a time
 
 
 class Drawn(NamedTuple):
@@ -117,8 +121,8 @@ def shapes_feed(experiment: Experiment, models: Models, mesh: Mesh) -> Listed:
   tokens, masks = (a.reshape(shape) for a in models.tokenizer(prompts))
   first = None
   if experiment.train.first_latent_share:
-    encode = lambda params, video: models.vae.bind(params).encode(split_batch(video, mesh))  # noqa: E731
-    group = mesh.size * max(1, min(ENCODED, data.clips) // mesh.size)
+    encode = mesh_encoder(models.vae, mesh)
+    group = group_of(mesh, data.clips)
     made = encode_clips(experiment, specs, encode, models.params["vae"], group, 1)
     first = np.asarray(whole(made), np.float32)
   return Listed(experiment, tokens, masks, found, first)

@@ -28,8 +28,6 @@ from longlive_jax.train import clips
 from longlive_jax.train.step import Clips, keys_of
 from longlive_jax.types import SAMPLES, SEQ, Array, PyTree
 
-ENCODED = 16  # clips of the shapes world encoded at a time
-
 
 class Feed(Protocol):
   """Called with the updates done, gives the clips of the next one.
@@ -79,13 +77,12 @@ class ShapesFeed:
 
   def __init__(self, experiment: Experiment, models: Models, mesh: Mesh):
     vae, f = models.vae, experiment.model.block_latents
-    group = mesh.size * max(1, min(ENCODED, experiment.data.clips) // mesh.size)
     bank = clips.make_bank(
       experiment,
-      lambda params, video: vae.bind(params).encode(split_batch(video, mesh), f),
+      clips.mesh_encoder(vae, mesh, f),
       models.params["vae"],
       models.tokenizer,
-      group,
+      clips.group_of(mesh, experiment.data.clips),
     )
     logging.info("bank of %d clips, latents %s", experiment.data.clips, bank.latents.shape)
     self.waited, self.fingerprint = 0.0, ""

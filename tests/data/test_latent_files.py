@@ -7,6 +7,7 @@ import pathlib
 import ml_dtypes
 import numpy as np
 import pytest
+import safetensors.numpy
 
 from longlive_jax.data.latent_files import INDEX, UNFINISHED, LatentFiles, LatentFormat
 from longlive_jax.data.latent_write import LatentWriter, planned_items, source_of
@@ -59,8 +60,43 @@ def test_what_is_too_short_is_left_out_or_padded(experiment, caplog):
   np.testing.assert_array_equal(item.latents[3], item.latents[1])
   assert item.prompts == ("1 0", "1 0") and item.shots.tolist() == [0, 0]
   experiment.data.blocks = experiment.data.min_blocks = 3
-  with pytest.raises(ValueError, match=r"no item of data\.blocks=3; the longest has 2"):
+  with pytest.raises(
+    ValueError, match=r"no item of data\.min_blocks=3; .*: use data\.min_blocks=2$"
+  ):
     LatentFiles(experiment)
+  experiment.data.pad = False
+  with pytest.raises(
+    ValueError, match=r"no item of data\.blocks=3; .*: use data\.blocks=2, or data"
+  ):
+    LatentFiles(experiment)
+
+
+def test_an_index_without_items_is_no_matter_of_settings(experiment):
+  path = write(experiment, [2]).path
+  tree = json.loads((path / INDEX).read_text())
+  (path / INDEX).write_text(json.dumps({**tree, "items": []}))
+  with pytest.raises(ValueError, match="has no items in its index.json, .*launch.encode"):
+    LatentFiles(experiment)
+
+
+def test_numbers_that_are_not_finite_name_their_file(experiment):
+  path = write(experiment, [2, 2]).path
+  bad = latents_of(2).astype(ml_dtypes.bfloat16)
+  bad[1, 1, 1, 1] = np.nan
+  safetensors.numpy.save_file({"latents": bad}, path / "00001.safetensors")
+  files = LatentFiles(experiment)
+  assert files[0].prompts == ("0 0", "0 1")
+  with pytest.raises(ValueError, match=r"latents '.*00001\.safetensors' are not finite: remove"):
+    files[1]
+
+
+def test_missing_files_are_found_at_the_start(experiment):
+  path = write(experiment, [2] * 6).path
+  for number in (0, 2, 3, 5):
+    (path / f"{number:05d}.safetensors").unlink()
+  with pytest.raises(FileNotFoundError, match="lacks 4 of the 6 files") as error:
+    LatentFiles(experiment)
+  assert "00000.safetensors, 00002.safetensors, 00003.safetensors and 1 more." in str(error.value)
 
 
 def test_padding_does_not_count_as_length(experiment):
@@ -159,9 +195,10 @@ def test_wrong_folders_are_named(experiment):
   file.write_bytes(whole[:-9])
   with pytest.raises(ValueError, match=r"latents '.*00000\.safetensors' cannot be read"):
     LatentFiles(experiment)[0]
-  file.unlink()
+  files = LatentFiles(experiment)
+  file.unlink()  # later on
   with pytest.raises(ValueError, match=r"latents '.*00000\.safetensors' cannot be read"):
-    LatentFiles(experiment)[0]
+    files[0]
   for changed, line in (
     ({**tree, "version": 0}, "is of version 0, not 1"),
     ({k: v for k, v in tree.items() if k != "items"}, "has no 'items'"),

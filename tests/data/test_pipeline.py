@@ -219,6 +219,23 @@ def test_wrong_arguments_are_named(experiment):
     open_source(experiment)
 
 
+def test_prompts_that_cannot_be_used_are_counted(tmp_path, write, experiment_of):
+  def refuse(prompts):
+    if any("long" in prompt for prompt in prompts):
+      raise ValueError("too many tokens")
+    return one_token(prompts)
+
+  for sample in ("a", "long1", "long2", "b", "long3", "long4"):
+    write(tmp_path, sample, "0", 30)
+  with pytest.raises(ValueError, match="^4 files have prompts that cannot be used: '") as error:
+    open_source(experiment_of(tmp_path), refuse)
+  assert str(error.value).endswith("long3/0.json': too many tokens; and 1 more")
+  for sample in ("long2", "long3", "long4"):
+    (tmp_path / "caption" / sample / "0.json").unlink()
+  with pytest.raises(ValueError, match=r"^'.*long1/0\.json': too many tokens$"):
+    open_source(experiment_of(tmp_path), refuse)
+
+
 def test_the_shapes_world_can_be_trained_on_from_files(tmp_path, experiment_of):
   """Shots of random lengths; a run of fewer shots leaves no files of the one before."""
   experiment = experiment_of(tmp_path, blocks=3)

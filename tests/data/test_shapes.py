@@ -2,6 +2,10 @@
 
 import itertools
 import json
+import os
+import pathlib
+import subprocess
+import sys
 
 import jax
 import numpy as np
@@ -227,3 +231,43 @@ def test_clips_are_written_as_one_file_a_shot(tmp_path):
   assert sorted(p.name for p in (tmp_path / "video" / "00000").iterdir()) == ["0.mp4", "1.mp4"]
   text = json.loads((tmp_path / "caption" / "00000" / "1.json").read_text())
   assert text == {"caption": clip((0, 0)).shots[1].caption()}
+
+
+def test_clips_of_another_set_are_not_mixed_with_those_written(tmp_path):
+  for name in ("00001", "00002", "mine"):
+    (tmp_path / "video" / name).mkdir(parents=True)
+  (tmp_path / "caption" / "00003").mkdir(parents=True)
+  (tmp_path / "video" / ".hidden").touch()
+  with pytest.raises(ValueError, match=r"holds 3 other clips \(00002 to mine\) than the 2 to"):
+    shapes.write_clips(tmp_path, 2, 0, (1,), VIDEO)
+  assert not (tmp_path / "video" / "00000").exists()
+  with pytest.raises(OSError, match="the folder cannot be made"):
+    shapes.write_clips(pathlib.Path("/proc/nowhere"), 2, 0, (1,), VIDEO)
+
+
+@pytest.mark.parametrize(
+  ("arguments", "line"),
+  [
+    (["--out=FILE"], "FILE: it is a file; give the name of a folder"),
+    (["--out=new", "--height=90"], "video.height=90 must be"),
+    (["--out=new", "--shot_blocks=2,a"], "--shot_blocks=2,a must be numbers such as 2,2"),
+  ],
+)
+def test_wrong_arguments_are_one_line(tmp_path, arguments, line):
+  (tmp_path / "FILE").touch()
+  done = command(tmp_path, *arguments)
+  assert done.returncode == 2 and done.stderr.startswith(f"error: {line}")
+  assert done.stderr.count("\n") == 1 and not done.stdout
+  assert [path.name for path in tmp_path.iterdir()] == ["FILE"]
+
+
+def test_the_command_tells_what_it_wrote_and_nothing_else(tmp_path):
+  done = command(tmp_path, "--out=new", "--clips=1", "--shot_blocks=1", "--height=32", "--width=32")
+  assert done.returncode == 0 and not done.stderr
+  assert done.stdout.count("\n") == 1 and "wrote 1 clips to new" in done.stdout
+
+
+def command(folder: pathlib.Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+  line = [sys.executable, "-m", "longlive_jax.data.shapes", *arguments]
+  environment = {**os.environ, "PYTHONPATH": str(pathlib.Path(__file__).parents[2])}
+  return subprocess.run(line, cwd=folder, env=environment, capture_output=True, text=True)

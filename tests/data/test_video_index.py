@@ -51,13 +51,14 @@ def test_all_frames_are_counted_in_every_container(tmp_path, write, suffix):
 
 def test_what_cannot_be_used_is_skipped_with_a_line(tmp_path, write, lines):
   write(tmp_path, "good", "0", 5)
-  for stem in ("broken", "missing", "empty", "bad", "list", "cut", "nothing"):
+  for stem in ("broken", "missing", "empty", "bad", "half", "list", "cut", "nothing"):
     write(tmp_path, "bad", stem, 30, movflags="+faststart")
   video, caption = tmp_path / "video" / "bad", tmp_path / "caption" / "bad"
   (video / "broken.mp4").write_bytes(b"no video at all")
   (caption / "missing.json").unlink()
   (caption / "empty.json").write_text('{"caption": "  "}')
   (caption / "bad.json").write_text('{"caption": ')
+  (caption / "half.json").write_text('{"caption": "\\ud800 x"}')  # of a surrogate pair
   (caption / "list.json").write_text('["caption"]')
   whole = (video / "cut.mp4").read_bytes()
   (video / "cut.mp4").write_bytes(whole[:-300])
@@ -73,6 +74,7 @@ def test_what_cannot_be_used_is_skipped_with_a_line(tmp_path, write, lines):
     "skipped video/bad/missing.mp4: its caption caption/bad/missing.json does not exist",
     "skipped video/bad/empty.mp4: its caption caption/bad/empty.json is empty",
     "skipped video/bad/bad.mp4: its caption caption/bad/bad.json is not JSON: ",
+    r"skipped video/bad/half.mp4: its caption caption/bad/half.json holds \ud800, which is no char",
     'skipped video/bad/list.mp4: its caption caption/bad/list.json is not of the form {"caption"',
     "skipped video/bad/cut.mp4: it is cut short",
     "skipped video/bad/link.mp4: it is not a readable video: No such file or directory",
@@ -80,7 +82,7 @@ def test_what_cannot_be_used_is_skipped_with_a_line(tmp_path, write, lines):
     "skipped video/hollow: the sample has no usable clip",
   ):
     assert line in text
-  assert len(lines()) == 10 and "/." not in text
+  assert len(lines()) == 11 and "/." not in text
 
 
 def test_a_file_that_is_cut_short_without_a_header_counts_what_is_there(tmp_path, write):

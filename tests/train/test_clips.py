@@ -1,6 +1,9 @@
 """Training clips: the bank words, places and sees blocks as the sampler does."""
 
 import dataclasses
+import logging as std_logging
+import time
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +15,7 @@ from longlive_jax.data import shapes
 from longlive_jax.data.prompts import Script, Shot, expand
 from longlive_jax.model.kv_cache import Window
 from longlive_jax.model.tokenizer import load_tokenizer
+from longlive_jax.parallel.mesh import make_mesh
 from longlive_jax.sample.schedule import SampleState, Schedule
 from longlive_jax.train import clips
 from longlive_jax.types import Array
@@ -111,6 +115,66 @@ def test_latents_are_those_of_the_rendered_clips_also_in_a_short_last_group(bank
     video = jnp.asarray(frames, jnp.float32)[None] / 127.5 - 1.0
     expected = encode(None, video)[0].reshape(bank.latents.shape[1:])
     np.testing.assert_allclose(bank.latents[row].astype(jnp.float32), expected, atol=0.02)
+
+
+def test_groups_are_compiled_once_and_waited_for(monkeypatch: pytest.MonkeyPatch, caplog):
+  """Or a signal would be heard after the last one, and the bank be told of before it is made."""
+  specs, _ = clips.make_clips(EXPERIMENT, 5, 0)
+  traced, ready = [], []
+
+  def slow(colours: np.ndarray) -> np.ndarray:
+    time.sleep(0.05)
+    return colours
+
+  def counted(params: None, video: Array) -> Array:
+    traced.append(video.shape)
+    colours = encode(params, video)
+    return jax.pure_callback(slow, colours, colours)
+
+  def put_rows(array: Array, *others: Any) -> Array:
+    ready.append(array.is_ready())
+    return original(array, *others)
+
+  original = clips.put_rows
+  monkeypatch.setattr(clips, "put_rows", put_rows)
+  monkeypatch.setattr(clips, "LOG_SECONDS", 0)
+  with caplog.at_level(std_logging.INFO, logger="absl"):
+    made = clips.encode_clips(EXPERIMENT, specs, counted, None, 2, 4)
+  assert made.is_ready() and ready[1:] == [True, True]
+  assert traced == [(2, 13, 32, 32, 3)]
+  assert "encoding 5 clips" in caplog.text and "4 of 5 clips are encoded" in caplog.text
+  whole = clips.encode_clips(EXPERIMENT, specs, encode, None, 5, 4)
+  np.testing.assert_array_equal(made, whole)
+
+
+def test_the_bank_grows_in_place():
+  array, rows = jnp.zeros((5, 3)), jnp.ones((2, 3))
+  grown = clips.put_rows(array, rows, np.int32(4), 1)
+  assert array.is_deleted() and grown.tolist() == [[0.0] * 3] * 4 + [[1.0] * 3]
+
+
+def test_clips_are_split_over_a_mesh_and_lie_on_all_devices():
+  mesh = make_mesh(4, devices=jax.devices()[:4])
+  specs, _ = clips.make_clips(EXPERIMENT, 5, 0)
+  seen = []
+
+  class Colours:
+    """Stands for the VAE."""
+
+    def bind(self, params: None) -> "Colours":
+      return self
+
+    def encode(self, video: Array, chunk: int | None) -> Array:
+      jax.debug.inspect_array_sharding(video, callback=seen.append)
+      return encode(None, video)
+
+  made = clips.encode_clips(EXPERIMENT, specs, clips.mesh_encoder(Colours(), mesh), None, 4, 4)
+  assert seen[0].shard_shape((4, 13, 32, 32, 3)) == (1, 13, 32, 32, 3)
+  assert len(made.sharding.device_set) == 4 and made.is_fully_replicated
+  alone = clips.encode_clips(EXPERIMENT, specs, encode, None, 4, 4)
+  np.testing.assert_allclose(
+    made.astype(jnp.float32), np.asarray(alone.astype(jnp.float32)), atol=0.01
+  )
 
 
 def test_half_of_the_samples_are_what_a_late_block_sees(bank: clips.Bank):
