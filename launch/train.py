@@ -15,21 +15,24 @@ import json
 from pathlib import Path
 from typing import Any
 
-from absl import flags
+import jax
+from absl import flags, logging
 
 from launch.processes import define_process_flags
 from longlive_jax.build import build_models, enable_compile_cache
 from longlive_jax.config import Experiment
 from longlive_jax.config.load import define_config_flag, from_flags, run_main, to_json
 from longlive_jax.eval.plan_text import dry_run
-from longlive_jax.io.atomic import check_writable, replacing
+from longlive_jax.io.atomic import check_writable
 from longlive_jax.io.checkpoint import read_metadata, save_params
-from longlive_jax.io.processes import is_first, of_all, of_first, wait_for_all
+from longlive_jax.io.lock import LOCK, only_run
+from longlive_jax.io.processes import is_first, of_first
 from longlive_jax.parallel.mesh import mesh_of
-from longlive_jax.train.loop import steps_done
+from longlive_jax.train.loop import CHECKPOINTS, steps_done
 from longlive_jax.train.stage_ar import train_ar
 from longlive_jax.train.stage_dmd import train_dmd
 from longlive_jax.train.stage_vae import train_vae
+from longlive_jax.train.start import check_files, check_same_settings
 from longlive_jax.weights import holds_nvfp4
 
 CONFIG = define_config_flag()
@@ -51,9 +54,10 @@ def train(experiment: Experiment, workdir: Path) -> int:
     if is_first():
       print(f"nothing to do: {done} steps are done, train.steps={experiment.train.steps}")
     return steps
-  distils = stage == "dmd"
+  distils, name = stage == "dmd", experiment.io.checkpoint
+  logging.info("%d devices: %s", jax.device_count(), jax.devices()[0].device_kind)
+  logging.info("%s", f"weights of '{name}': dit, vae, text" if name else "fresh weights")
   models = build_models(experiment, mesh_of(experiment), narrow=distils, plain=distils)
-  save_config(experiment, workdir)
   about: dict[str, Any] = {"stage": stage, "steps": steps}
   if stage == "vae":
     trained = {"vae": train_vae(experiment, models.vae, models.params["vae"], workdir)}
@@ -71,38 +75,16 @@ def train(experiment: Experiment, workdir: Path) -> int:
   return steps
 
 
-def save_config(experiment: Experiment, workdir: Path) -> None:
-  """Writes `WORKDIR/config.json`, once for all processes.
-
-  Raises:
-    ValueError: another process does not see it.
-  """
-  path = workdir / "config.json"
-  if is_first():
-    workdir.mkdir(parents=True, exist_ok=True)
-    with replacing(path) as part:
-      part.write_text(to_json(experiment))
-  wait_for_all("config.json")
-  if not all(of_all(path.is_file())):
-    raise ValueError(f"--workdir={workdir} must be one folder that all processes share")
-
-
 def is_result(folder: Path, steps: int) -> bool:
   """Whether weights after so many steps are there."""
   return (folder / "metadata.json").is_file() and read_metadata(folder).get("steps") == steps
 
 
-def main(argv: list[str]) -> None:
-  """Command line."""
-  del argv
-  experiment = from_flags(CONFIG.value)
-  if DRY_RUN.value:
-    print(dry_run(experiment, DEVICES.value, DEVICE_KIND.value))
-    return
-  if not WORKDIR.value:
-    raise ValueError("--workdir is needed: the folder of checkpoints, metrics and the result")
-  workdir = Path(WORKDIR.value)
+def check_run(experiment: Experiment, workdir: Path) -> None:
+  """Raises OSError or ValueError for what is no run of training, whatever other processes say."""
   check_writable(workdir / "params", folder=True)
+  check_writable(workdir / CHECKPOINTS, folder=True)
+  check_writable(workdir / LOCK)
   if (workdir / "metadata.json").is_file():
     raise ValueError(f"--workdir={workdir} holds weights, not a run; use another folder")
   if holds_nvfp4(experiment):
@@ -117,9 +99,30 @@ def main(argv: list[str]) -> None:
     )
   if experiment.model.attention == "fp8":
     raise ValueError("model.attention=fp8 has no gradients: train with auto, cudnn or jnp")
+  if experiment.quant.linears == "fp8":
+    raise ValueError("quant.linears=fp8 has no gradients: train with none or nvfp4")
+
+
+def main(argv: list[str]) -> None:
+  """Command line."""
+  del argv
+  experiment = from_flags(CONFIG.value)
+  if DRY_RUN.value:
+    print(dry_run(experiment, DEVICES.value, DEVICE_KIND.value))
+    return
+  if DEVICES.value is not None or DEVICE_KIND.value:
+    raise ValueError("--devices and --device_kind are for --dry_run; a run has all devices")
+  if not WORKDIR.value:
+    raise ValueError("--workdir is needed: the folder of checkpoints, metrics and the result")
+  workdir = Path(WORKDIR.value)
+  check_run(experiment, workdir)
   with PROCESSES.joined():
     enable_compile_cache(experiment)
-    steps = train(experiment, workdir)
+    check_same_settings(experiment)
+    if not is_result(workdir / "params", experiment.train.steps):
+      check_files(experiment, workdir)
+    with only_run(workdir):
+      steps = train(experiment, workdir)
     if is_first():
       print(f"{workdir / 'params'}: weights after {steps} steps")
 

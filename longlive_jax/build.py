@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -39,6 +40,8 @@ def enable_compile_cache(experiment: Experiment) -> None:
     return
   try:
     Path(folder).mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryFile(dir=folder):  # or JAX would warn at every program
+      pass
   except OSError as error:
     logging.warning("nothing is cached: io.compile_cache='%s': %s", folder, error.strerror)
     return

@@ -1,7 +1,9 @@
 """From an experiment to networks with parameters: what is loaded, cast, chosen and refused."""
 
+import errno
 import json
 import logging
+import tempfile
 from pathlib import Path
 
 import jax
@@ -180,6 +182,19 @@ def test_the_compile_cache_is_where_the_setting_says(root, tmp_path, monkeypatch
   build.enable_compile_cache(tiny(root, io__compile_cache=str(tmp_path / "cache")))
   assert asked["jax_compilation_cache_dir"] == str(tmp_path / "cache")
   assert (tmp_path / "cache").is_dir()
+
+
+def test_a_cache_that_cannot_be_written_is_one_warning(root, tmp_path, monkeypatch, caplog):
+  def refuse(**_: object) -> None:
+    raise OSError(errno.EROFS, "Read-only file system")
+
+  asked: dict[str, object] = {}
+  monkeypatch.setattr(jax.config, "update", asked.__setitem__)
+  monkeypatch.setattr(tempfile, "TemporaryFile", refuse)
+  build.enable_compile_cache(tiny(root, io__compile_cache=str(tmp_path)))
+  assert not asked
+  line = f"nothing is cached: io.compile_cache='{tmp_path}': Read-only file system"
+  assert caplog.messages == [line]
 
 
 def test_narrow_text_and_video_networks_give_the_same_bits(root, params):

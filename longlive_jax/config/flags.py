@@ -27,7 +27,7 @@ from longlive_jax.config.walk import check_setting_name
 
 flags.disclaim_key_flags()  # --config and --debug belong to the program that asks for them
 
-USER_ERRORS = (ValueError, OSError, FloatingPointError, flags.Error)
+USER_ERRORS = (ValueError, OSError, FloatingPointError, MemoryError, flags.Error)
 TRACEBACK_FLAGS = ("--debug", "--v=1", "--verbosity=1")
 OVERRIDE = re.compile(r"--?(?:no)?config\.([^=]+)")
 ROOT = Path(__file__).parent.parent.parent
@@ -149,7 +149,10 @@ def describe(error: BaseException) -> str:
     error = error.__context__
   if isinstance(error, OSError) and error.strerror and error.filename:
     return f"{error.filename}: {error.strerror}"
-  return " ".join(str(error).split()) or type(error).__name__
+  said = " ".join(str(error).split())
+  if isinstance(error, MemoryError):
+    return f"out of memory on the host: {said}".removesuffix(": ")
+  return said or type(error).__name__
 
 
 def parse_flags(argv: list[str], default_config: str, arguments: int = 0) -> list[str]:

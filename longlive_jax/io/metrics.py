@@ -6,7 +6,9 @@ import time
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
+from absl import logging
 from tensorboardX import SummaryWriter
 
 from longlive_jax.io.atomic import replacing
@@ -60,17 +62,44 @@ class MetricWriter:
 
 
 def drop_lines_after(path: Path, step: int) -> None:
-  """Keeps the lines of steps up to `step`; one that was not written to its end is dropped too."""
+  """Keeps the lines of steps up to `step`; a last one that is damaged or cut short is dropped too.
+
+  Raises:
+    ValueError: another line is damaged; names it.
+  """
   if not path.is_file():
     return
-  lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-  kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
+  lines = path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)
+  kept = []
+  for number, line in enumerate(lines, 1):
+    if not line.endswith("\n"):
+      continue
+    try:
+      found = read_line(path, number, line)
+    except ValueError as error:
+      if number < len(lines):
+        raise
+      logging.warning("%s; it is dropped", error)
+    else:
+      kept += [line] if found["step"] <= step else []
   if kept != lines:
     with replacing(path) as partial:
       partial.write_text("".join(kept), encoding="utf-8")
 
 
+def read_line(path: Path, number: int, line: str) -> dict[str, Any]:
+  """The numbers of a line; raises ValueError, which names file and line, if it is damaged."""
+  try:
+    found = json.loads(line)
+  except ValueError:
+    found = None
+  if not isinstance(found, dict) or not isinstance(found.get("step"), int):
+    raise ValueError(f"'{path}' is damaged in line {number}; remove that line")
+  return found
+
+
 def read_metrics(folder: str | Path) -> list[dict[str, float | None]]:
-  """All lines of `FOLDER/metrics.jsonl`."""
-  text = (Path(folder) / LINES).read_text(encoding="utf-8")
-  return [json.loads(line) for line in text.splitlines()]
+  """All lines of `FOLDER/metrics.jsonl`; raises ValueError, which names one that is damaged."""
+  path = Path(folder) / LINES
+  lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+  return [read_line(path, number, line) for number, line in enumerate(lines, 1)]

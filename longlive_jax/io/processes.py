@@ -31,6 +31,15 @@ def of_all(value: int) -> list[int]:
   return np.ravel(multihost_utils.process_allgather(np.asarray(value, np.int32))).tolist()
 
 
+def texts_of_all(text: str) -> list[str]:
+  """The text that each process has, in their order."""
+  mine = np.frombuffer(text.encode(), np.uint8)
+  lengths = of_all(mine.size)
+  padded = np.pad(mine, (0, max(lengths) - mine.size))
+  rows = np.asarray(multihost_utils.process_allgather(padded)).reshape(len(lengths), -1)
+  return [row[:n].tobytes().decode() for row, n in zip(rows, lengths, strict=True)]
+
+
 def wait_for_all(what: str) -> None:
   """Returns when all processes are here."""
   if jax.process_count() > 1:

@@ -4,7 +4,7 @@ Leaves are stored under their dotted names ("params.layers.ffn.up"), so any pytr
 stored form does not depend on its classes. Random keys are stored as their data.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -15,13 +15,17 @@ from absl import logging
 from orbax.checkpoint import v1 as ocp
 
 from longlive_jax.checks import suggest
-from longlive_jax.io.atomic import remove
+from longlive_jax.io.atomic import check_kind, remove
 from longlive_jax.io.leaves import flat, path_name
 from longlive_jax.io.processes import is_first, of_all, wait_for_all
 from longlive_jax.types import PyTree
 
 BESIDE = "beside."  # before the names of arrays that are kept beside the state
 UNREADABLE = (ValueError, OSError, KeyError)  # what Orbax raises for damaged files
+
+
+class DamagedError(ValueError):
+  """A checkpoint cannot be read."""
 
 
 class TrainCheckpointer:
@@ -35,13 +39,18 @@ class TrainCheckpointer:
     folder: holds one folder a step; of a file system that all processes share.
     every: steps between checkpoints, `io.checkpoint_every_steps`.
     keep: newest checkpoints that are kept, `io.keep_checkpoints`.
+    needs: names that the `extra` of each has; one without them counts as unreadable.
 
   Raises:
-    ValueError: the processes see different checkpoints.
+    NotADirectoryError: the folder is a file.
+    ValueError: the processes see different checkpoints; or none of those there can be read, which
+      then keep their names.
   """
 
-  def __init__(self, folder: str | Path, every: int, keep: int):
-    self.folder = Path(folder).absolute()
+  def __init__(self, folder: str | Path, every: int, keep: int, *, needs: Sequence[str] = ()):
+    self.folder, self._needs = Path(folder).absolute(), needs
+    self._arrays: dict[str, np.ndarray] | None = None  # of the newest, until asked for
+    check_kind(self.folder, folder=True)
     self.folder.mkdir(parents=True, exist_ok=True)
     training = ocp.training
     self._checkpointer = training.Checkpointer(
@@ -62,19 +71,33 @@ class TrainCheckpointer:
       )
 
   def _set_unreadable_aside(self) -> None:
-    for checkpoint in self._checkpointer.checkpoints:
-      path = self.folder / str(checkpoint.step)
-      if not self._is_readable(checkpoint.step):
-        aside = path.with_suffix(".unreadable")
-        remove(aside)
-        path.rename(aside)
-        logging.warning("checkpoint '%s' cannot be read; it is now '%s'", path, aside.name)
+    steps = [checkpoint.step for checkpoint in self._checkpointer.checkpoints]
+    bad = [step for step in steps if not self._is_readable(step)]
+    if bad and bad == steps:
+      raise self._none_readable(steps)
+    for step in bad:
+      self._set_aside(step)
+
+  def _set_aside(self, step: int) -> None:
+    path = self.folder / str(step)
+    aside = path.with_suffix(".unreadable")
+    remove(aside)
+    path.rename(aside)
+    logging.warning("checkpoint '%s' cannot be read; it is now '%s'", path, aside.name)
+
+  def _none_readable(self, steps: Sequence[int]) -> DamagedError:
+    return DamagedError(
+      f"no checkpoint in '{self.folder}' can be read ({', '.join(map(str, sorted(steps)))} are"
+      " there): it is damaged; bring one back, or remove the folder to begin anew"
+    )
 
   def _is_readable(self, step: int) -> bool:
     try:
-      return self._checkpointer.metadata(step).metadata is not None
+      found = self._checkpointer.metadata(step)
     except UNREADABLE:
       return False
+    extra = found.custom_metadata or {}
+    return found.metadata is not None and all(name in extra for name in self._needs)
 
   @property
   def latest_step(self) -> int | None:
@@ -109,6 +132,7 @@ class TrainCheckpointer:
     """
     if step == self.latest_step or not (force or self.is_due(step)):
       return False
+    self._arrays = None
     leaves = {dotted(name): as_array(leaf) for name, leaf in flat(state).items()}
     leaves |= {BESIDE + dotted(name): array for name, array in (arrays or {}).items()}
     self._checkpointer.save_async(step, leaves, custom_metadata=extra, force=force)
@@ -117,21 +141,42 @@ class TrainCheckpointer:
   def restore_latest(self, template: PyTree) -> PyTree:
     """The newest state, bit for bit, or `template` itself if there is none.
 
+    Newer ones whose arrays are damaged are set aside once an older one is read. Of several
+    processes, which may not all see the damage, none does this: it is an error.
+
     Args:
       template: a state (or its shapes) whose structure, dtypes and shardings are wanted; it may
         be on another mesh than the one that saved.
 
     Raises:
-      ValueError: the stored state has other leaves or shapes (names one), or is damaged.
+      ValueError: the stored state has other leaves or shapes (names one), or all are damaged.
     """
     self.wait()
-    step = self.latest_step
-    if step is None:
-      return template
+    steps = sorted((found.step for found in self._checkpointer.checkpoints), reverse=True)
+    for number, step in enumerate(steps):
+      try:
+        state = self._restore(step, template)
+      except DamagedError:
+        if len(steps) == 1 or jax.process_count() > 1:
+          raise
+        continue
+      for damaged in steps[:number]:
+        self._set_aside(damaged)
+      if number:
+        self._checkpointer.reload()
+        logging.warning("the run goes on from step %d", step)
+      return state
+    if steps:
+      raise self._none_readable(steps)
+    return template
+
+  def _restore(self, step: int, template: PyTree) -> PyTree:
+    """The state of a checkpoint; keeps the arrays beside it for `latest_arrays`."""
     wanted = {dotted(name): abstract(leaf) for name, leaf in flat(template).items()}
     self._check(step, wanted)
-    beside = [n for n in self._checkpointer.metadata(step).metadata if n.startswith(BESIDE)]
-    stored = self._load(step, wanted | dict.fromkeys(beside, ...))
+    beside = self._beside(step)
+    stored = self._load(step, wanted | beside)
+    self._arrays = without_prefix(stored, beside)
 
     def take(path: tuple[Any, ...], leaf: jax.Array) -> jax.Array:
       value = stored[dotted(path_name(path))]
@@ -146,11 +191,18 @@ class TrainCheckpointer:
     step = self.latest_step
     if step is None:
       return {}
+    arrays, self._arrays = self._arrays, None
+    if arrays is None:
+      beside, found = self._beside(step), self._checkpointer.metadata(step).metadata
+      loaded = self._load(step, beside | {name: ... for name in found if name not in beside})
+      arrays = without_prefix(loaded, beside)
+    return arrays
+
+  def _beside(self, step: int) -> dict[str, np.ndarray]:
+    """Room for the arrays beside the state of a checkpoint, by their stored names."""
     found = self._checkpointer.metadata(step).metadata
     beside = {name: leaf for name, leaf in found.items() if name.startswith(BESIDE)}
-    wanted = {name: np.empty(leaf.shape, leaf.dtype) for name, leaf in beside.items()}
-    loaded = self._load(step, wanted | {name: ... for name in found if name not in beside})
-    return {name.removeprefix(BESIDE).replace(".", "/"): loaded[name] for name in beside}
+    return {name: np.empty(leaf.shape, leaf.dtype) for name, leaf in beside.items()}
 
   def latest_extra(self) -> dict[str, Any]:
     """The `extra` of the newest checkpoint; empty if there is none."""
@@ -163,7 +215,7 @@ class TrainCheckpointer:
     try:
       return self._checkpointer.load(step, wanted)
     except UNREADABLE as error:
-      raise ValueError(
+      raise DamagedError(
         f"checkpoint '{self.folder / str(step)}' is damaged: it cannot be read;"
         " remove it to go on from the one before"
       ) from error
@@ -204,6 +256,11 @@ class TrainCheckpointer:
 def dotted(name: str) -> str:
   """A name that is one path component."""
   return name.replace("/", ".")
+
+
+def without_prefix(stored: Mapping[str, Any], beside: Iterable[str]) -> dict[str, np.ndarray]:
+  """The arrays of these stored names by the names that they were given."""
+  return {name.removeprefix(BESIDE).replace(".", "/"): stored[name] for name in beside}
 
 
 def is_key(leaf: Any) -> bool:

@@ -81,7 +81,7 @@ def make_mesh(
       f" process {min(idle)}; use a batch that more of them divide, or fewer processes"
     )
   if count < len(devices):
-    logging.warning("a batch of %d uses %d of %d devices", batch, count, len(devices))
+    logging.info("a batch of %d uses %d of %d devices", batch, count, len(devices))
   axes = (AxisType.Auto,) * 4
   return jax.make_mesh(shape, (DATA, FSDP, HALF, SEQ), axes, devices=devices[:count])
 

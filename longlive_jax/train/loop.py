@@ -18,6 +18,7 @@ from absl import logging
 from longlive_jax.config import Experiment, Train
 from longlive_jax.config.load import from_json, to_json
 from longlive_jax.config.walk import differences
+from longlive_jax.io.atomic import replacing
 from longlive_jax.io.metrics import MetricWriter
 from longlive_jax.io.processes import is_first, of_first
 from longlive_jax.io.train_checkpoint import TrainCheckpointer
@@ -99,11 +100,11 @@ def run(
   """Runs `train.steps` updates, going on from the newest checkpoint in `workdir`.
 
   SIGTERM ends the run after the step that is being computed, with a checkpoint; if it comes to one
-  of several processes, it ends all after the same step.
+  of several processes, it ends all after the same step. A second one ends the process at once.
 
   Args:
     experiment: checked experiment.
-    workdir: folder of checkpoints and metrics.
+    workdir: folder of checkpoints, metrics and, once nothing can refuse the run, `config.json`.
     state: where a fresh run starts; also the shapes to restore into.
     step: update, its argument donated.
     rider: saved and restored with the state.
@@ -129,6 +130,7 @@ def run(
       return state
     logging.info("steps %d to %d, in '%s'; compiling", done + 1, steps, workdir)
     rider.restore(done, checkpointer.latest_arrays(), checkpointer.latest_extra())
+    save_config(experiment, workdir)  # nothing refuses the run from here on
     with open_metrics(workdir, done) as writer:
       log = Log(experiment.train, writer, done, work or Work())
       saver = Saver(experiment, checkpointer, rider, log)
@@ -155,6 +157,8 @@ def updates(
         log.keep(number, metrics)
       saver.save(number, state, force=last or ends)
       if ends and not last:
+        saver.wait()
+        logging.info("stopped after step %d, checkpoint saved; the same command goes on", number)
         raise Terminated
       if rollouts is not None and number % io.evaluate_every_steps == 0:
         log.flush()
@@ -182,6 +186,10 @@ class Saver:
     extra = {"config": json.loads(to_json(self._experiment)), **extra}
     self._checkpointer.save(number, state, extra, arrays, force=force)
 
+  def wait(self) -> None:
+    """Returns when what was saved is on disk."""
+    self._checkpointer.wait()
+
 
 def steps_done(experiment: Experiment, workdir: str | Path) -> int:
   """Step of the newest checkpoint in a workdir; 0 if there is none.
@@ -196,6 +204,13 @@ def steps_done(experiment: Experiment, workdir: str | Path) -> int:
     return checkpointer.latest_step or 0
 
 
+def save_config(experiment: Experiment, workdir: str | Path) -> None:
+  """Writes `WORKDIR/config.json`, once for all processes."""
+  if is_first():
+    with replacing(Path(workdir) / "config.json") as part:
+      part.write_text(to_json(experiment))
+
+
 def open_metrics(workdir: str | Path, done: int) -> Any:
   """The writer of the metrics after `done` steps; in one process only, None in the others."""
   return MetricWriter(workdir, done) if is_first() else contextlib.nullcontext()
@@ -205,7 +220,9 @@ def open_checkpoints(experiment: Experiment, workdir: str | Path) -> TrainCheckp
   """The checkpoints of a run, kept as `io` says."""
   io = experiment.io
   folder = Path(workdir) / CHECKPOINTS
-  return TrainCheckpointer(folder, io.checkpoint_every_steps, io.keep_checkpoints)
+  return TrainCheckpointer(
+    folder, io.checkpoint_every_steps, io.keep_checkpoints, needs=("config",)
+  )
 
 
 def changed_settings(

@@ -1,6 +1,7 @@
 """What is watched while a run goes on: its metrics, SIGTERM, a bar for people."""
 
 import math
+import os
 import signal
 import sys
 import threading
@@ -16,6 +17,8 @@ from longlive_jax.config import Train
 from longlive_jax.io.metrics import MetricWriter
 from longlive_jax.train.rates import Work
 from longlive_jax.types import Array
+
+TOGETHER_SECONDS = 0.5  # signals that are one
 
 
 class Terminated(SystemExit):
@@ -35,6 +38,9 @@ def progress(done: int, steps: int) -> Iterable[int]:
 class Termination:
   """Notes SIGTERM instead of ending the process, so that a step can end and be saved.
 
+  A second one ends the process at once, whatever it computes; but not one that comes together with
+  the first, as `timeout` sends them.
+
   Of several processes JAX itself notes it, from when they have joined: it tells the others, and
   they agree on a step that none of them has begun.
   """
@@ -47,19 +53,42 @@ class Termination:
   def __enter__(self) -> "Termination":
     self._before = signal.getsignal(signal.SIGTERM)
     if self._listens:
+      self._before_wakeup, self._pipe = self._wake_up()
       signal.signal(signal.SIGTERM, self._note)
     return self
 
   def __exit__(self, *_: object) -> None:
-    if self._listens:
+    if self._listens and not self._noted:  # else a second one may still come
       signal.signal(signal.SIGTERM, self._before)
+      signal.set_wakeup_fd(self._before_wakeup)
+      os.close(self._pipe)
 
   def _note(self, *_: object) -> None:
     self._noted = True
 
+  def _wake_up(self) -> tuple[int, int]:
+    """Has signals watched by a thread too, which they reach while this one computes."""
+    read, write = os.pipe()
+    os.set_blocking(write, False)
+    threading.Thread(target=end_at_second, args=(read,), daemon=True).start()
+    return signal.set_wakeup_fd(write, warn_on_full_buffer=False), write
+
   def due(self, step: int) -> bool:
     """Whether the run ends after this step; the same in all processes. To call at every step."""
     return multihost_utils.reached_preemption_sync_point(step) if self._joined else self._noted
+
+
+def end_at_second(pipe: int) -> None:
+  """Ends the process when SIGTERM comes again; reads the numbers of signals until the end."""
+  first = math.inf
+  with open(pipe, "rb", buffering=0) as numbers:
+    while number := numbers.read(1):
+      now = time.monotonic()
+      if number[0] != signal.SIGTERM:
+        continue
+      if now - first > TOGETHER_SECONDS:
+        os._exit(143)
+      first = min(first, now)
 
 
 class Log:

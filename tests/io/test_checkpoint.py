@@ -3,7 +3,9 @@
 import dataclasses
 import functools
 import json
+import os
 import shutil
+from pathlib import Path
 from typing import NamedTuple
 
 import jax
@@ -281,6 +283,76 @@ def test_a_state_moves_to_another_mesh(tmp_path):
       x = checkpointer.restore_latest(template)["x"]
       assert x.sharding == sharded(devices)
       np.testing.assert_array_equal(x, value)
+
+
+def steps_of(folder: Path) -> list[str]:
+  return sorted(path.name for path in folder.iterdir())
+
+
+def cut(folder: Path) -> None:
+  """Truncates the largest array file of a checkpoint."""
+  file = max(folder.rglob("d/*"), key=lambda found: found.stat().st_size)
+  os.truncate(file, file.stat().st_size // 2)
+
+
+def noise(seed: int) -> dict[str, jax.Array]:
+  return {"x": jax.random.normal(jax.random.key(seed), (256, 64))}
+
+
+def save_three(folder: Path) -> None:
+  with TrainCheckpointer(folder, every=1, keep=3) as checkpointer:
+    for step in (1, 2, 3):
+      beside = {"bank": np.full(5, float(step))}
+      checkpointer.save(step, noise(step), {"config": {"step": step}}, beside)
+
+
+def test_truncated_arrays_are_set_aside_for_the_checkpoint_before(tmp_path, caplog):
+  save_three(tmp_path)
+  cut(tmp_path / "2")
+  cut(tmp_path / "3")
+  with TrainCheckpointer(tmp_path, every=1, keep=3, needs=("config",)) as checkpointer:
+    assert_same(checkpointer.restore_latest(noise(0)), noise(1))
+    assert checkpointer.latest_step == 1
+    assert checkpointer.latest_extra() == {"config": {"step": 1}}
+    assert_same(checkpointer.latest_arrays(), {"bank": np.full(5, 1.0)})
+    assert checkpointer.save(2, noise(2))
+  assert steps_of(tmp_path) == ["1", "2", "2.unreadable", "3.unreadable"]
+  assert f"checkpoint '{tmp_path / '3'}' cannot be read; it is now '3.unreadable'" in caplog.text
+  assert "the run goes on from step 1" in caplog.text
+
+
+def test_nothing_is_set_aside_if_all_arrays_are_truncated(tmp_path):
+  save_three(tmp_path)
+  for step in "123":
+    cut(tmp_path / step)
+  with (
+    TrainCheckpointer(tmp_path, every=1, keep=3) as checkpointer,
+    pytest.raises(ValueError, match=f"no checkpoint in '{tmp_path}' can be read .1, 2, 3 are"),
+  ):
+    checkpointer.restore_latest(noise(0))
+  assert steps_of(tmp_path) == ["1", "2", "3"]
+
+
+@pytest.mark.parametrize("text", ["", '{"custom_meta', "{}", None])
+def test_a_checkpoint_without_its_settings_cannot_be_read(tmp_path, text):
+  save_three(tmp_path)
+  for step in "32":
+    file = tmp_path / step / "_CHECKPOINT_METADATA"
+    file.unlink() if text is None else file.write_text(text)
+  with TrainCheckpointer(tmp_path, every=1, keep=3, needs=("config",)) as checkpointer:
+    assert checkpointer.latest_step == 1
+  assert steps_of(tmp_path) == ["1", "2.unreadable", "3.unreadable"]
+  shutil.rmtree(tmp_path / "1" / "state")
+  with pytest.raises(ValueError, match=f"no checkpoint in '{tmp_path}' can be read .1 are there"):
+    TrainCheckpointer(tmp_path, every=1, keep=3)
+  assert (tmp_path / "1").is_dir()
+
+
+def test_a_file_in_place_of_the_checkpoints_is_named(tmp_path):
+  (tmp_path / "checkpoints").write_text("")
+  with pytest.raises(NotADirectoryError, match="it is a file") as caught:
+    TrainCheckpointer(tmp_path / "checkpoints", every=1, keep=3)
+  assert str(tmp_path / "checkpoints") in str(caught.value)
 
 
 def test_json_is_readable(tmp_path):

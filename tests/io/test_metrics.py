@@ -51,6 +51,33 @@ def test_steps_that_come_again_are_dropped_in_both(tmp_path, tail):
   assert starts == [1, 3]  # TensorBoard hides what came before from these steps on
 
 
+DAMAGED = ["", "nonsense", "[1]", '{"loss": 1.0}', '{"step": "2"}', "\udcff"]
+
+
+def write_lines(folder: Path, *lines: str) -> Path:
+  path = folder / "metrics.jsonl"
+  path.write_bytes("".join(f"{x}\n" for x in lines).encode(errors="surrogateescape"))
+  return path
+
+
+@pytest.mark.parametrize("line", DAMAGED)
+def test_a_damaged_line_is_named(tmp_path, line):
+  path = write_lines(tmp_path, '{"step": 1}', line, '{"step": 3}')
+  before = path.read_bytes()
+  for attempt in (lambda: MetricWriter(tmp_path, done=3), lambda: read_metrics(tmp_path)):
+    with pytest.raises(ValueError, match=f"'{path}' is damaged in line 2; remove that line"):
+      attempt()
+  assert path.read_bytes() == before
+
+
+@pytest.mark.parametrize("line", DAMAGED)
+def test_a_damaged_last_line_is_dropped(tmp_path, line, caplog):
+  path = write_lines(tmp_path, '{"step": 1}', line)
+  MetricWriter(tmp_path, done=3).close()
+  assert path.read_text() == '{"step": 1}\n'
+  assert f"'{path}' is damaged in line 2" in caplog.text
+
+
 def test_a_run_that_lost_nothing_keeps_its_file(tmp_path):
   with MetricWriter(tmp_path, done=0) as writer:
     writer.write(1, {"loss": 0.5})

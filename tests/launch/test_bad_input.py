@@ -377,6 +377,9 @@ TRAIN = {
   "--config.data.far_share=2.0": "data.far_share=2.0 must be",
   "--config.io.checkpoint=none": "io.checkpoint='none' is neither",
   "--config.io.adapters=tiny_4steps": "io.adapters='tiny_4steps' is for sampling",
+  "--config.quant.linears=fp8": "quant.linears=fp8 has no gradients",
+  "--devices=2": "--devices and --device_kind are for --dry_run",
+  "--device_kind=H200": "--devices and --device_kind are for --dry_run",
 }
 
 
@@ -384,4 +387,48 @@ TRAIN = {
 def test_train(program: Program, checkpoint, tmp_path, argument):
   weights, workdir = f"--config.io.checkpoint={checkpoint}", f"--workdir={tmp_path / 'run'}"
   assert_refused(program("train", *TINY, weights, workdir, argument), TRAIN[argument])
+  assert contents(tmp_path) == []
+
+
+def test_train_without_room_is_one_line(program: Program, tmp_path, monkeypatch):
+  def refuse(*_: object) -> None:
+    np.empty(2**59)
+
+  monkeypatch.setattr("longlive_jax.train.start.check_same_settings", refuse)
+  done = program("train", *TINY, "--config.io.checkpoint=", f"--workdir={tmp_path / 'run'}")
+  assert_refused(done, "out of memory on the host: Unable to allocate 4.00 EiB")
+
+
+REFUSED = {
+  "params/precious": "params' holds something that is not a checkpoint",
+  "checkpoints": "checkpoints: it is a file; give the name of a folder",
+}
+
+
+@pytest.mark.parametrize("file", REFUSED)
+def test_a_workdir_that_holds_other_things_stays_as_it_is(
+  program: Program, checkpoint, tmp_path, monkeypatch, file
+):
+  (tmp_path / file).parent.mkdir(exist_ok=True)
+  (tmp_path / file).write_text("")
+  (tmp_path / "config.json").write_text("{}")
+  before = contents(tmp_path)
+  monkeypatch.setattr("longlive_jax.build.build_models", lambda *_, **__: pytest.fail("too late"))
+  weights = f"--config.io.checkpoint={checkpoint}"
+  assert_refused(program("train", *TINY, weights, f"--workdir={tmp_path}"), REFUSED[file])
+  assert contents(tmp_path) == before and (tmp_path / "config.json").read_text() == "{}"
+
+
+MISSING = {
+  "io.evaluate_scripts": ("--config.io.evaluate_every_steps=1",),
+  "data.path": ("--config.data.source=videos",),
+}
+
+
+@pytest.mark.parametrize("setting", MISSING)
+def test_train_on_files_that_are_missing(program: Program, checkpoint, tmp_path, setting):
+  path, weights = tmp_path / "none", f"--config.io.checkpoint={checkpoint}"
+  flags = (*MISSING[setting], f"--config.{setting}={path}", f"--workdir={tmp_path / 'run'}")
+  done = program("train", *TINY, weights, *flags)
+  assert_refused(done, f"{setting}='{path}' is not a folder or a file: it does not exist")
   assert contents(tmp_path) == []

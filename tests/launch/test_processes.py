@@ -9,7 +9,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -50,12 +50,16 @@ def free_port() -> int:
     return found.getsockname()[1]
 
 
-def start(command: list[str], devices: int, processes: int = 1) -> list[subprocess.Popen]:
-  """Starts a program in so many processes of `devices` each."""
+def start(
+  command: list[str], devices: int, processes: int = 1, own: Sequence[Sequence[str]] = ()
+) -> list[subprocess.Popen]:
+  """Starts a program in so many processes of `devices` each, with flags of their own."""
   environment = {**os.environ, "JAX_NUM_CPU_DEVICES": str(devices)}
   address = f"--coordinator=localhost:{free_port()}"
   each = [
-    (address, f"--processes={processes}", f"--process={i}") if processes > 1 else ()
+    (address, f"--processes={processes}", f"--process={i}", *(own[i] if own else ()))
+    if processes > 1
+    else ()
     for i in range(processes)
   ]
   pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
@@ -133,8 +137,22 @@ def test_sigterm_to_one_process_ends_both_after_the_same_step(stopped):
   saved = max(int(path.name) for path in (folder / "checkpoints").iterdir())
   assert list(losses(folder)) == list(range(1, saved + 1))
   assert not (folder / "params").exists()
+  assert f"stopped after step {saved}, checkpoint saved" in done[0].stdout
   told = ["step" in one.stdout.replace("steps", "") for one in done]
   assert told == [True, False]  # process 0 tells for both
+
+
+def test_processes_with_different_settings_do_not_begin(root, tmp_path):
+  os.chdir(root)
+  command = ["-m", "launch.train", *SETTINGS, f"--workdir={tmp_path / 'run'}"]
+  each = [("--config.train.lr=0.1",), ("--config.train.lr=0.25", "--config.train.seed=7")]
+  done = ended(start(command, 1, 2, each))
+  line = "train.seed is 0 in process 0 and 7 in process 1"
+  for one in done:
+    assert one.code == 2 and line in one.stderr, one.stderr
+    assert "train.lr is 0.1 in process 0 and 0.25 in process 1" in one.stderr
+    assert one.stderr.count("\n") == 1 and one.stderr.startswith("error: ")
+  assert not (tmp_path / "run").exists()
 
 
 def test_a_run_of_two_processes_goes_on_in_one(alone, stopped, tmp_path):

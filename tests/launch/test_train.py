@@ -44,6 +44,8 @@ def trained(program: Program, folder: Path) -> Path:
       done = train(program, folder, stage)
       assert done.code == 0, done.stderr
       assert f"{folder / stage / 'params'}: weights after {STEPS[stage]} steps" in done.stdout
+      vae = f"weights of '{folder}/vae/params': dit, vae, text"
+      assert (vae if stage == "ar" else "fresh weights") in done.stdout
       assert done.stderr == ""
   return folder / "ar" / "params"
 

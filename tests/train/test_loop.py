@@ -1,7 +1,7 @@
 """The training loop: what is saved, resumed, written and refused.
 
 The network is a vector; like the real ones, its step draws everything from (seed, step). Run as a
-program, this file is the training run that is killed: WORKDIR SIGNAL STEP PAUSE.
+program, this file is the training run that is killed: WORKDIR SIGNAL STEP PAUSE TIMES.
 """
 
 import dataclasses
@@ -22,12 +22,13 @@ import numpy as np
 import pytest
 
 from longlive_jax.config import Data, Experiment, Io, Model, Train, Video
-from longlive_jax.config.load import run_main
+from longlive_jax.config.load import from_json, run_main
 from longlive_jax.config.walk import settings
 from longlive_jax.io.metrics import read_metrics
 from longlive_jax.io.train_checkpoint import TrainCheckpointer
-from longlive_jax.train.loop import MAY_CHANGE, Step, run, steps_done
+from longlive_jax.train.loop import MAY_CHANGE, Rider, Step, run, steps_done
 from longlive_jax.train.state import TrainState, apply_gradients, init_state, make_optimizer
+from longlive_jax.train.watch import TOGETHER_SECONDS
 
 STEPS = 12
 TRAIN = Train(steps=STEPS, lr=0.1, warmup_steps=2, beta1=0.9, weight_decay=0.01, ema_start_step=3)
@@ -64,15 +65,19 @@ def update(state: TrainState) -> tuple[TrainState, dict[str, jax.Array]]:
   return apply_gradients(state, gradients, OPTIMIZER, TRAIN), {"loss": value}
 
 
-def killed_at(step: int, number: int, pause: float) -> Step:
-  """The update, which sends its own process a signal once a step is done."""
+def killed_at(step: int, number: int, pause: float, times: int) -> Step:
+  """The update, which sends its own process a signal once a step is done, or more than once."""
 
   def stepped(state: TrainState) -> tuple[TrainState, dict[str, jax.Array]]:
     at = int(state.step) + 1
     out = update(state)
     if at == step:
       time.sleep(pause)
-      os.kill(os.getpid(), number)
+      for _ in range(times):
+        os.kill(os.getpid(), number)
+        if number == signal.SIGTERM:
+          os.kill(os.getpid(), number)  # two at once are one
+        time.sleep(2 * TOGETHER_SECONDS if times > 1 else 0)
     return out
 
   return stepped
@@ -118,13 +123,50 @@ def test_the_last_step_is_saved_and_the_run_goes_on_to_the_bit(tmp_path, whole):
 )
 def test_a_killed_run_goes_on_to_the_bit(tmp_path, whole, name, step, pause, done):
   number = getattr(signal, name)
-  arguments = [str(tmp_path), str(int(number)), str(step), str(pause)]
+  arguments = [str(tmp_path), str(int(number)), str(step), str(pause), "1"]
   child = subprocess.run([sys.executable, __file__, *arguments], capture_output=True, text=True)
   code = {"SIGKILL": -signal.SIGKILL, "SIGTERM": 143, "SIGINT": 130}[name]
   assert child.returncode == code, child.stderr
   assert child.stderr == ("interrupted\n" if name == "SIGINT" else "")
   assert steps_done(EXPERIMENT, tmp_path) in done
   assert_same_run(tmp_path, run(EXPERIMENT, tmp_path, fresh(), update), whole)
+
+
+def doomed(folder: Path, number: signal.Signals, step: int, times: int) -> Any:
+  """Runs this file, which sends itself a signal so many times after a step."""
+  arguments = [str(folder), str(int(number)), str(step), "0.5", str(times)]
+  return subprocess.run([sys.executable, __file__, *arguments], capture_output=True, text=True)
+
+
+def test_sigterm_tells_what_is_saved(tmp_path):
+  child = doomed(tmp_path, signal.SIGTERM, 8, 1)
+  assert (child.returncode, child.stderr) == (143, "")
+  assert child.stdout.endswith("stopped after step 8, checkpoint saved; the same command goes on\n")
+  assert steps_done(EXPERIMENT, tmp_path) == 8
+  assert from_json((tmp_path / "config.json").read_text()) == EXPERIMENT
+
+
+def test_a_second_sigterm_ends_at_once(tmp_path):
+  child = doomed(tmp_path, signal.SIGTERM, 8, 2)
+  assert (child.returncode, child.stderr) == (143, "")
+  assert "stopped" not in child.stdout
+  assert steps_done(EXPERIMENT, tmp_path) == 5
+
+
+def test_a_run_that_is_refused_leaves_the_settings_of_the_old_one(tmp_path):
+  run(changed(steps=2), tmp_path, fresh(), update)
+  before = (tmp_path / "config.json").read_text()
+
+  class Refuses(Rider):
+    def restore(self, *_: object) -> None:
+      raise ValueError("there is no data")
+
+  with pytest.raises(ValueError, match="there is no data"):
+    run(changed(steps=3), tmp_path, fresh(), update, Refuses())
+  assert (tmp_path / "config.json").read_text() == before
+  with pytest.raises(ValueError, match="there is no data"):
+    run(changed(steps=3), tmp_path / "other", fresh(), update, Refuses())
+  assert not (tmp_path / "other" / "config.json").exists()
 
 
 def test_a_line_that_was_cut_short_is_written_anew(tmp_path, whole):
@@ -290,7 +332,7 @@ def test_the_host_fetches_only_what_it_logs_and_one_step_late(tmp_path):
 
 
 if __name__ == "__main__":
-  folder, number, at, pause = sys.argv[1:]
+  folder, number, at, pause, times = sys.argv[1:]
   sys.argv = sys.argv[:1]
-  doomed = killed_at(int(at), int(number), float(pause))
-  run_main(lambda argv: run(EXPERIMENT, folder, fresh(), doomed))
+  killed = killed_at(int(at), int(number), float(pause), int(times))
+  run_main(lambda argv: run(EXPERIMENT, folder, fresh(), killed))
