@@ -55,6 +55,10 @@ def check_distillation(experiment: Experiment) -> None:
     raise ValueError("train.stage=dmd keeps its keys and values as they are: use quant.cache=none")
   if experiment.quant.linears == "fp8":
     raise ValueError("quant.linears=fp8 has no gradients: with train.stage=dmd use nvfp4 or none")
+  if distill.rank > experiment.model.width:
+    raise ValueError(
+      f"distill.rank={distill.rank} must be at most model.width={experiment.model.width}"
+    )
   if distill.trained_blocks > experiment.data.blocks:
     raise ValueError(
       f"distill.trained_blocks={distill.trained_blocks} must be at most data.blocks="

@@ -1,7 +1,7 @@
 """What is to be known of low-rank adapters, and their way into a transformer."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from longlive_jax.checks import suggest
@@ -9,6 +9,7 @@ from longlive_jax.config import Model
 from longlive_jax.convert.keys_lora import lora_rows, rank_of
 from longlive_jax.convert.leaves import Leaves, is_packed, merged
 from longlive_jax.convert.sources import Source
+from longlive_jax.model.lora import ALL
 
 # In the metadata of weights: path or name of the adapters that they are sampled with.
 ADAPTERS = "adapters_for_sampling"
@@ -59,7 +60,12 @@ def read_adapters(metadata: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def with_adapters(
-  base: Leaves, adapters: Leaves, about: Mapping[str, Any], metadata: Mapping[str, Any], cfg: Model
+  base: Leaves,
+  adapters: Leaves,
+  about: Mapping[str, Any],
+  metadata: Mapping[str, Any],
+  cfg: Model,
+  layers: Sequence[str] = ALL,
 ) -> Leaves:
   """The base with adapters merged.
 
@@ -69,9 +75,10 @@ def with_adapters(
     about: name, rank and alpha.
     metadata: of the base.
     cfg: of the base.
+    layers: patterns of the linear layers that have adapters.
 
   Raises:
-    ValueError: adapters are merged already, weights are packed, or a layer has none.
+    ValueError: adapters are merged already, weights are packed, or one of the layers has none.
   """
   before = metadata.get("adapters")
   if before:
@@ -80,7 +87,7 @@ def with_adapters(
     raise ValueError(f"adapters are merged already ({names}); merge into the weights without them")
   if is_packed(base):
     raise ValueError("adapters cannot be merged into NVFP4 weights; merge first, quantise then")
-  wanted = {row.place for row in lora_rows(cfg)}
+  wanted = {row.place for row in lora_rows(cfg, layers=layers)}
   odd = next((n for n in sorted(wanted ^ set(adapters))), None)
   if odd is not None:
     what = "lack" if odd in wanted else "have"

@@ -78,7 +78,8 @@ def open_checkpoint(folder: Path) -> Checkpoint:
 def shapes_of(experiment: Experiment, network: str, metadata: Mapping[str, Any]) -> PyTree:
   """Shapes of what a checkpoint of this configuration holds."""
   if network == "lora":
-    return lora_shapes(experiment.model, read_adapters(metadata)["rank"])
+    rank = read_adapters(metadata)["rank"]
+    return lora_shapes(experiment.model, rank, experiment.distill.layers)
   shapes = form_of(experiment, network).abstract
   if network != "dit" or metadata.get("dtype") != "nvfp4":
     return shapes

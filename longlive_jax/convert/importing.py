@@ -60,8 +60,9 @@ def import_job(
   if "lora" in sources:
     about = adapters_of(sources["lora"], alpha)
     if "dit" in networks:
-      adapters = networks.pop("lora")
-      networks["dit"] = with_adapters(networks["dit"], adapters, about, metadata, experiment.model)
+      model, layers = experiment.model, experiment.distill.layers
+      given = networks["dit"], networks.pop("lora")
+      networks["dit"] = with_adapters(*given, about, metadata, model, layers)
       metadata["adapters"] = [about]
     else:
       metadata["lora"] = about

@@ -47,7 +47,8 @@ class Job:
   @property
   def contents(self) -> str:
     """Networks and dtype in a few words."""
-    return f"{', '.join(self.networks)} in {self.metadata.get('dtype')}"
+    dtype = self.metadata.get("dtype")
+    return ", ".join(self.networks) + (f" in {dtype}" if dtype else "")
 
   def write(
     self, folder: str | Path, progress: Progress = lambda size: None, *, overwrite: bool = False
@@ -117,7 +118,8 @@ def merge_job(base: Checkpoint, lora: Checkpoint) -> Job:
     raise ValueError(f"'{lora.folder}' holds no adapters; import them with --lora alone")
   about, model = read_adapters(lora.metadata), base.experiment.model
   adapters = lora.networks["lora"]
-  dit = with_adapters(base.networks["dit"], adapters, about, base.metadata, model)
+  layers = lora.experiment.distill.layers
+  dit = with_adapters(base.networks["dit"], adapters, about, base.metadata, model, layers)
   sources = lora.metadata.get("sources", [])
   metadata = {**base.metadata, "adapters": [{**about, "sources": sources}]}
   inputs = (*base.files, *lora.files)

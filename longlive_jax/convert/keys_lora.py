@@ -5,7 +5,8 @@
 Source: spec/models.md section 6.6.
 """
 
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
 
 from longlive_jax.config import Model
 from longlive_jax.convert.dialects import column
@@ -13,26 +14,31 @@ from longlive_jax.convert.keys_dit import INNER
 from longlive_jax.convert.stored import Stored
 from longlive_jax.convert.torch_import import Row
 from longlive_jax.model.dit import declare_dit
-from longlive_jax.model.lora import adapter_shapes
+from longlive_jax.model.lora import ALL, adapter_shapes
 from longlive_jax.types import PyTree
 
 HALVES = {"a": "lora_A", "b": "lora_B"}
 
 
-def lora_rows(cfg: Model, dialect: str = "original") -> list[Row]:
-  """The table of the adapters: 20 rows a layer."""
+def lora_rows(cfg: Model, dialect: str = "original", layers: Sequence[str] = ALL) -> list[Row]:
+  """The table of the adapters of the linear layers that patterns match: of all, 20 rows a layer."""
   at = column(dialect)
+  inner = {
+    path: names
+    for path, names in INNER.items()
+    if any(re.fullmatch(pattern, f"layers/{path}") for pattern in layers)
+  }
   return [
     Row(f"blocks.{i}.{names[at]}.{theirs}.weight", f"layers/{path}/{ours}", "linear", i)
     for i in range(cfg.layers)
-    for path, names in INNER.items()
+    for path, names in inner.items()
     for ours, theirs in HALVES.items()
   ]
 
 
-def lora_shapes(cfg: Model, rank: int) -> PyTree:
+def lora_shapes(cfg: Model, rank: int, layers: Sequence[str] = ALL) -> PyTree:
   """Shapes of adapters: "layers/ffn/up/a" `[layers, in, rank]`, ".../b" `[layers, rank, out]`."""
-  return adapter_shapes(declare_dit(cfg).abstract, rank)
+  return adapter_shapes(declare_dit(cfg).abstract, rank, layers)
 
 
 def rank_of(tensors: Mapping[str, Stored]) -> int:

@@ -79,7 +79,9 @@ def rows_of(experiment: Experiment, network: str, dialect: str) -> list[Row]:
     return dit_rows(model, dialect)
   if network == "vae":
     return vae_rows(model.vae, dialect)
-  return text_rows(model.text, dialect) if network == "text" else lora_rows(model, dialect)
+  if network == "text":
+    return text_rows(model.text, dialect)
+  return lora_rows(model, dialect, experiment.distill.layers)
 
 
 def form_of(experiment: Experiment, network: str, dialect: str = "original", rank: int = 0) -> Form:
@@ -91,7 +93,8 @@ def form_of(experiment: Experiment, network: str, dialect: str = "original", ran
     shapes = declare_vae(model.vae).abstract
   else:
     is_text = network == "text"
-    shapes = declare_text(model.text).abstract if is_text else lora_shapes(model, rank)
+    layers = experiment.distill.layers
+    shapes = declare_text(model.text).abstract if is_text else lora_shapes(model, rank, layers)
   return Form(network, dialect, rows_of(experiment, network, dialect), shapes)
 
 

@@ -95,7 +95,7 @@ def make_plan(experiment: Experiment, devices: int, device_kind: str = "") -> Pl
       not known.
   """
   if experiment.train.stage != "ar":
-    raise ValueError(f"a plan is of train.stage=ar, not {experiment.train.stage}")
+    raise ValueError(f"--dry_run is for train.stage=ar, not {experiment.train.stage}")
   peak = flops.peak_flops(device_kind)
   if device_kind and peak is None:
     known = ", ".join(flops.PEAK_BF16)

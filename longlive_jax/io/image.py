@@ -57,6 +57,8 @@ def on_black(image: Image.Image) -> Image.Image:
   """An image as RGB, over black where it is transparent."""
   if image.mode.startswith("I;16"):  # 16 bits of grey, which `convert` would clip
     return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)).convert("RGB")
+  if image.mode in ("I", "F"):
+    raise ValueError(f"its mode is {image.mode}: 32 bits a number; save it with 8 or 16")
   if not image.has_transparency_data:
     return image.convert("RGB")
   picture = image.convert("RGBA")

@@ -39,6 +39,7 @@ MAY_CHANGE = (
   "data.ahead",
   "data.path",
   "data.readers",
+  "distill.critic_lr",
   "parallel.chunk_vae",
   "parallel.fsdp",
   "parallel.layout",

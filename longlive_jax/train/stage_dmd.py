@@ -47,10 +47,10 @@ def train_dmd(
     averaged adapters), on the host.
   """
   mesh, alpha = mesh or mesh_of(experiment), experiment.distill.alpha
-  work, wide = Distillation(experiment, models, mesh), take_over(models, mesh)
+  work, wide = Distillation(experiment, models, mesh), on_host(models.params.pop("dit"), mesh)
   rider = Dmd(work, frozen(work, wide))
   if not experiment.train.first_latent_share and not experiment.io.evaluate_every_steps:
-    models.params.pop("vae", None)  # nothing uses it from here on
+    models.params["vae"] = on_host(models.params["vae"], mesh)  # only the result needs it
   quantised = quantised_ops(models.ops, experiment.quant, models.dit.abstract)
   shown = dataclasses.replace(models, ops=quantised)
   rollouts = Rollouts(experiment, shown, workdir) if experiment.io.evaluate_every_steps else None
@@ -65,9 +65,9 @@ def train_dmd(
   return merge(wide, adapters, alpha), adapters
 
 
-def take_over(models: Models, mesh: Mesh) -> PyTree:
-  """The transformer's parameters on the host, and no longer in `models.params`."""
-  return jax.device_get(replicate(models.params.pop("dit"), mesh))
+def on_host(params: PyTree, mesh: Mesh) -> PyTree:
+  """Parameters that are split over a mesh, whole in the memory of each host."""
+  return jax.device_get(replicate(params, mesh))
 
 
 def frozen(work: Distillation, wide: PyTree) -> dict[str, PyTree]:

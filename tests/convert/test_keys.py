@@ -139,3 +139,10 @@ def test_adapters_of_rank_128_have_the_recorded_numbers(dialect):
   assert len({row.key for row in rows}) == len(rows) == 600
   assert numbers(rows, abstract) == 322_437_120
   assert {row.path for row in rows} == set(flat(abstract))
+
+
+def test_adapters_of_some_layers_have_a_table_of_their_own():
+  layers = ("layers/ffn/.*",)
+  rows, abstract = lora_rows(Model(), layers=layers), lora_shapes(Model(), 4, layers)
+  assert len(rows) == 4 * Model().layers
+  assert {row.path for row in rows} == set(flat(abstract))

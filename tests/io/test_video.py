@@ -309,3 +309,12 @@ def test_what_is_transparent_in_an_image_is_black(tmp_path):
   assert abs(int(found[0, 0, 0]) - 100) <= 1
   Image.fromarray(np.full((32, 48), 40_000, np.uint16)).save(tmp_path / "b.png")
   assert (read_image(tmp_path / "b.png", 32, 48) == 40_000 >> 8).all()
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.int32])
+def test_images_of_32_bits_a_number_are_refused(tmp_path, dtype):
+  """What is black or white in them is not said."""
+  path = tmp_path / "wide.tiff"
+  Image.fromarray(np.ones((32, 48), dtype)).save(path)
+  with pytest.raises(ValueError, match="wide.tiff' cannot be read: its mode is [IF]: 32 bits"):
+    read_image(path, 32, 48)

@@ -57,6 +57,7 @@ def distil(
   )
   base = jax.device_get(models.params["dit"])
   merged, adapters = train_dmd(experiment, models, folder, mesh)
+  assert set(models.params) == {"text", "vae"}  # which the result is saved with
   return base, jax.device_get(merged), adapters
 
 
@@ -150,6 +151,7 @@ def test_a_clip_may_be_shared_by_devices(root, long, tmp_path, seq):
     ({"distill.trained_blocks": 3}, "distill.trained_blocks=3 must be at most data.blocks=2"),
     ({"data.blocks": 4, "data.clip_blocks": 4}, "trained_blocks=0 .* at least 1 and at most 1 can"),
     ({"distill.rank": 0}, "distill.rank=0 must be at least 1"),
+    ({"distill.rank": 25}, "distill.rank=25 must be at most model.width=24"),
     ({"distill.layers": ("(",)}, "no regular expression"),
     ({"parallel.fsdp": 2}, "parallel.fsdp=2 is for train.stage=ar"),
     ({"parallel.seq": 2, "data.blocks": 3}, "parallel.seq=2 must divide.*the 3 blocks that are"),
