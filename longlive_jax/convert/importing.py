@@ -60,9 +60,8 @@ def import_job(
   if "lora" in sources:
     about = adapters_of(sources["lora"], alpha)
     if "dit" in networks:
-      model, layers = experiment.model, experiment.distill.layers
-      given = networks["dit"], networks.pop("lora")
-      networks["dit"] = with_adapters(*given, about, metadata, model, layers)
+      given = networks["dit"], networks.pop("lora"), about, metadata
+      networks["dit"] = with_adapters(*given, experiment.model, experiment.distill.layers)
       metadata["adapters"] = [about]
     else:
       metadata["lora"] = about
