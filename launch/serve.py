@@ -21,6 +21,7 @@ from longlive_jax.config.load import define_config_flag, from_flags, run_main
 from longlive_jax.serve.adapter import builder
 from longlive_jax.serve.contract import Facts
 from longlive_jax.serve.frames import FORMATS, Form
+from longlive_jax.serve.heap import keep_one_heap
 from longlive_jax.serve.limits import Limits
 from longlive_jax.serve.security import LOOPBACK_NAMES, Access, check_tokens
 from longlive_jax.serve.server import Server, is_loopback, listen, take_folder
@@ -41,10 +42,13 @@ QUALITY = flags.DEFINE_integer("quality", 85, "of frames, 1 to 100; webp at 100 
 MESSAGE_FRAMES = flags.DEFINE_integer("frames_a_message", 8, "frames of a binary message, at most")
 ENCODERS = flags.DEFINE_integer("encoders", 2, "threads that encode frames", 1)
 REWIND = flags.DEFINE_integer(
-  "rewind_blocks", 3, "that a session can go back; each costs host memory", 0
+  "rewind_blocks", 3, "that a session can go back; each costs host memory"
 )
 
 SESSIONS = flags.DEFINE_integer("sessions", 8, "live sessions at a time")
+RESIDENT = flags.DEFINE_integer(
+  "resident_sessions", 0, "of those and of videos on the accelerator, others are parked; 0: all"
+)
 VIDEOS = flags.DEFINE_integer("videos_at_once", 2, "videos made at a time")
 QUEUE = flags.DEFINE_integer("queue", 32, "videos that may wait")
 VIDEOS_KEPT = flags.DEFINE_integer("videos_kept", 100, "finished videos; the oldest give way")
@@ -71,6 +75,8 @@ def read_limits() -> Limits:
   """
   return Limits(
     sessions=SESSIONS.value,
+    resident_sessions=RESIDENT.value,
+    rewind_blocks=REWIND.value,
     videos_at_once=VIDEOS.value,
     queue=QUEUE.value,
     videos_kept=VIDEOS_KEPT.value,
@@ -111,10 +117,12 @@ def main(argv: list[str]) -> None:
   """Command line."""
   del argv
   experiment = from_flags(CONFIG.value)
+  keep_one_heap()
+  limits = read_limits()
   setup = Setup(
     Facts.of(experiment),
-    builder(experiment, REWIND.value),
-    read_limits(),
+    builder(experiment, limits.rewind_blocks),
+    limits,
     read_access(),
     Form(FORMAT.value, QUALITY.value, MESSAGE_FRAMES.value),
     Path(STATE_DIR.value) if STATE_DIR.value else None,

@@ -14,6 +14,7 @@ Sessions of one sampler may take turns; one session belongs to one thread at a t
 
 import copy
 import dataclasses
+from collections.abc import Callable
 from pathlib import Path
 
 import jax.numpy as jnp
@@ -226,10 +227,16 @@ class Session:
     if moment.slots is not None:
       self._moment = self._keeper.on_devices(moment)
 
+  def snapshot(self) -> Callable[[str | Path], None]:
+    """What `save` would do now, for any time and thread; holds the cache in host memory."""
+    saved = Saved(self.seed, self.index, self._keeper.all_on_host(self._now()), self._first)
+    engine, experiment = self._run.engine, self.sampler.experiment
+    return lambda path: write_session(path, saved, engine, experiment)
+
   def save(self, path: str | Path) -> None:
     """Writes the session to a folder, which appears when it is complete.
 
-    Restore points are not written. Takes host memory for cache and decoder state.
+    Restore points are not written.
 
     Args:
       path: of the folder; an older save there is replaced.
@@ -238,9 +245,7 @@ class Session:
       OSError: it cannot be written.
       ValueError: the folder holds something else.
     """
-    moment = self._keeper.all_on_host(self._now())
-    saved = Saved(self.seed, self.index, moment, self._first)
-    write_session(path, saved, self._run.engine, self.sampler.experiment)
+    self.snapshot()(path)
 
   @classmethod
   def load(cls, sampler: Sampler, path: str | Path, *, keep: int = KEEP) -> "Session":

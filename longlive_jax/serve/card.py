@@ -3,8 +3,24 @@
 import dataclasses
 import json
 from collections.abc import Mapping
+from typing import NamedTuple
 
 from longlive_jax.checks import check_at_least
+from longlive_jax.data.prompts import TRANSITIONS
+
+
+class Said(NamedTuple):
+  """A prompt.
+
+  Attributes:
+    block: first one made under it.
+    text: the prompt.
+    transition: how it takes effect; "keep" at block 0, where nothing was before.
+  """
+
+  block: int
+  text: str
+  transition: str
 
 
 @dataclasses.dataclass
@@ -16,7 +32,7 @@ class Card:
     owner: of `security.Access`.
     seed: of the noise.
     created_at: Unix time, whole seconds.
-    prompts: (first block made under it, text), in order.
+    prompts: in the order of their blocks.
     made: number of blocks made.
     position: frames that the viewer has played.
     keep: whether the client has saved it, so that it outlives its connection.
@@ -27,7 +43,7 @@ class Card:
   owner: str
   seed: int
   created_at: int
-  prompts: list[tuple[int, str]] = dataclasses.field(default_factory=list)
+  prompts: list[Said] = dataclasses.field(default_factory=list)
   made: int = 0
   position: int = 0
   keep: bool = False
@@ -35,16 +51,17 @@ class Card:
 
   def prompt_of(self, block: int) -> str:
     """The prompt under which a block is made."""
-    return next((text for start, text in reversed(self.prompts) if start <= block), "")
+    return next((said.text for said in reversed(self.prompts) if said.block <= block), "")
 
-  def push(self, block: int, prompt: str) -> None:
+  def push(self, block: int, prompt: str, transition: str) -> None:
     """Notes that a prompt holds from this block on."""
-    self.prompts = [(b, text) for b, text in self.prompts if b < block] + [(block, prompt)]
+    said = Said(block, prompt, transition if block else "keep")
+    self.prompts = [*(before for before in self.prompts if before.block < block), said]
 
   def rewind(self, block: int, position: int) -> None:
     """Notes that `block` is the next one; the viewer has played at most `position` frames."""
     self.made, self.position = block, min(self.position, position)
-    kept = [(start, text) for start, text in self.prompts if start <= block]
+    kept = [said for said in self.prompts if said.block <= block]
     self.prompts = kept or self.prompts[:1]
 
   def to_json(self) -> str:
@@ -69,11 +86,11 @@ class Card:
       if type(value).__name__ != getattr(field.type, "__name__", ""):
         raise ValueError(f"{field.name}={value!r} of a saved session has another type")
     if not all(
-      isinstance(p, list) and len(p) == 2 and type(p[0]) is int and isinstance(p[1], str)
+      isinstance(p, list) and list(map(type, p)) == [int, str, str] and p[2] in TRANSITIONS
       for p in card.prompts
     ):
-      raise ValueError("prompts of a saved session must be pairs of a block and a text")
-    card.prompts = [(p[0], p[1]) for p in card.prompts]
+      raise ValueError("prompts of a saved session must be a block, a text and a transition each")
+    card.prompts = [Said(*p) for p in card.prompts]
     for name in ("seed", "made", "position", "created_at", "saved_at"):
       check_at_least(name, getattr(card, name), 0)
     return card

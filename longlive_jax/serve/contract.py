@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Protocol
 
@@ -37,8 +38,8 @@ class Session(Protocol):
     """Goes back, so that `block` is the next one."""
     ...
 
-  def save(self, path: Path) -> None:
-    """Writes all that is needed to go on to `path`, a file or a folder."""
+  def snapshot(self) -> Callable[[Path], None]:
+    """What writes all that is needed to go on from here to a path; in any thread, at any time."""
     ...
 
   def park(self) -> None:

@@ -29,21 +29,74 @@ class Made:
   frames: np.ndarray
 
 
+@dataclasses.dataclass(frozen=True)
+class Copied:
+  """A session as it was, in host memory.
+
+  Attributes:
+    write: writes it to a path, in any thread.
+    uses: of the session until then.
+  """
+
+  write: Callable[[Path], None]
+  uses: int
+
+
+class Residents:
+  """The sessions on the accelerator; the one whose last use is longest ago gives way to another.
+
+  Args:
+    most: at a time, and one more while a fork is made; 0: as many as there are.
+
+  Attributes:
+    freed: how many sessions have left the process's memory.
+  """
+
+  def __init__(self, most: int):
+    self._most, self.freed = most, 0
+    self._awake: dict[Hosted, None] = {}  # by their last use
+
+  def make_room(self) -> None:
+    """Parks sessions until another one may come."""
+    while self._most and len(self._awake) >= self._most:
+      self._park_oldest()
+
+  def used(self, hosted: "Hosted") -> None:
+    """Notes that a session is there, and used."""
+    self.gone(hosted)
+    self._awake[hosted] = None
+    while self._most and len(self._awake) > self._most:
+      self._park_oldest()
+
+  def gone(self, hosted: "Hosted") -> None:
+    """Notes that a session has left."""
+    self._awake.pop(hosted, None)
+
+  def _park_oldest(self) -> None:
+    oldest = next(iter(self._awake))
+    try:
+      oldest.park()
+    except ValueError:  # the model failed it: it holds nothing, and is about to be closed
+      self.gone(oldest)
+
+
 class Hosted:
   """Brings a session back when it is wanted, and frees it exactly once.
 
   Args:
     make: makes the session when it is first wanted.
+    residents: all sessions on the accelerator.
 
   Attributes:
     state: "new", "awake", "parked", "disk" or "closed".
     epoch: how often it was rewound.
+    uses: how often it was wanted.
   """
 
-  def __init__(self, make: Make):
-    self._make: Make = make
+  def __init__(self, make: Make, residents: Residents):
+    self._make, self._residents = make, residents
     self._session: Session | None = None
-    self.state, self.epoch = "new", 0
+    self.state, self.epoch, self.uses = "new", 0, 0
 
   def wake(self) -> Session:
     """The session, ready for use.
@@ -53,12 +106,16 @@ class Hosted:
     """
     if self.state == "closed":
       raise RuntimeError("the session is closed")
-    if self._session is None:
-      self._session = self._make()
-    elif self.state == "parked":
-      self._session.unpark()
+    session, self.uses = self._session, self.uses + 1
+    if session is None or self.state == "parked":
+      self._residents.make_room()
+      if session is None:
+        session = self._session = self._make()
+      else:
+        session.unpark()
     self.state = "awake"
-    return self._session
+    self._residents.used(self)
+    return session
 
   def next_block(self) -> Made:
     """Makes a block."""
@@ -96,21 +153,28 @@ class Hosted:
     if self.state == "awake" and self._session is not None:
       self._session.park()
       self.state = "parked"
+      self._residents.gone(self)
 
-  def save(self, path: Path) -> None:
-    """Writes the session; a parked one stays parked."""
+  def copied(self) -> Copied:
+    """The session as it is, to be saved; a parked one stays parked."""
     session = self._session or self.wake()
-    session.save(path)
+    return Copied(session.snapshot(), self.uses)
 
-  def leave(self, load: Make) -> None:
-    """Frees the session, which has been saved; `load` brings it back."""
-    if self._session is not None:
+  def leave(self, load: Make, uses: int) -> None:
+    """Frees the session, of which `load` gives what it was after so many uses.
+
+    It stays if it has been used since then, or is closed.
+    """
+    if self._session is not None and self.uses == uses:
       self._session.close()
-      self._session = None
-    self._make, self.state = load, "disk"
+      self._session, self._make, self.state = None, load, "disk"
+      self._residents.gone(self)
+      self._residents.freed += 1
 
   def close(self) -> None:
     """Frees the session for good; a second call does nothing."""
     session, self._session, self.state = self._session, None, "closed"
+    self._residents.gone(self)
     if session is not None:
       session.close()
+      self._residents.freed += 1

@@ -15,6 +15,8 @@ class Limits:
 
   Attributes:
     sessions: live sessions at a time, parked ones included.
+    resident_sessions: of those and of the videos being made, on the accelerator; 0: all.
+    rewind_blocks: that a session can go back.
     videos_at_once: videos of the REST interface that are made at a time.
     queue: videos that wait for their turn.
     videos_kept: finished videos; the oldest give way.
@@ -33,6 +35,8 @@ class Limits:
   """
 
   sessions: int = 8
+  resident_sessions: int = 0
+  rewind_blocks: int = 3
   videos_at_once: int = 2
   queue: int = 32
   videos_kept: int = 100
@@ -61,6 +65,8 @@ class Limits:
 
 SPARE_CONNECTIONS = 8
 LEAST: dict[str, float] = {
+  "resident_sessions": 0,
+  "rewind_blocks": 0,
   "queue": 0,
   "saved_sessions": 0,
   "connections": SPARE_CONNECTIONS + 1,

@@ -223,7 +223,7 @@ class Live:
     """Sets the prompt of the blocks to come; tells so with the client's `number`."""
 
     def noted(block: int) -> None:
-      self.card.push(block, prompt)
+      self.card.push(block, prompt, transition)
       self._event("prompt_received", id=number, takes_effect_block=block)
 
     await self._call(lambda: self.hosted.push(prompt, transition), noted)

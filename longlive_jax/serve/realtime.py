@@ -29,6 +29,7 @@ from longlive_jax.serve.messages import (
 )
 from longlive_jax.serve.outbox import Closing, Delivery, Outbox
 from longlive_jax.serve.pictures import from_base64, read_picture
+from longlive_jax.serve.saver import Saving
 from longlive_jax.serve.security import SUBPROTOCOL, handshake_token
 from longlive_jax.serve.service import Service
 
@@ -76,6 +77,7 @@ class Connection:
     self.outbox = Outbox()
     self.live: Live | None = None
     self._rate = Rate(service.shared.limits.messages_a_second)
+    self._saving: Saving | None = None
 
   async def run(self) -> None:
     """Serves the connection until it ends."""
@@ -147,6 +149,18 @@ class Connection:
   def _tell(self, error: Refused, number: str | int | None) -> None:
     self.service.metrics.refused(error.code)
     self.outbox.event("error", id=number, code=error.code, message=error.message)
+
+  async def _saved(self) -> None:
+    """Waits until what the client asked to save is on disk, or could not be."""
+    if self._saving:
+      await asyncio.wait([self._saving])
+
+  def _tell_saved(self, saving: Saving, number: str | int | None) -> None:
+    error = None if saving.cancelled() else saving.exception()
+    if isinstance(error, Refused):
+      self._tell(error, number)
+    elif not error and not saving.cancelled():
+      self.outbox.event("saved", id=number, block=saving.result())
 
   async def _begin(self, text: str) -> None:
     """Acts on the first message: who it is, and which session."""
@@ -230,10 +244,12 @@ class Connection:
       await live.rewind(message.whole("block") or 0, message.number)
 
     async def save() -> None:
-      await self.service.sessions.save(live, keep=True)
-      self.outbox.event("saved", id=message.number, block=live.card.made)
+      await self._saved()
+      self._saving = await self.service.sessions.save(live, keep=True)
+      self._saving.add_done_callback(lambda saving: self._tell_saved(saving, message.number))
 
     async def stop() -> None:
+      await self._saved()
       self.service.sessions.finish(live, "stopped")
 
     commands: dict[str, Callable[[], Awaitable[None]]] = {

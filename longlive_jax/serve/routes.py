@@ -180,8 +180,7 @@ async def get_session(service: Service, request: Request) -> Response:
   """`GET /v1/sessions/{id}`."""
   found = service.sessions.find(owner_of(request), request.path_params["id"])
   card = found.card if isinstance(found, Live) else found
-  prompts = [{"block": block, "text": text} for block, text in card.prompts]
-  return Json(session_tree(service, found) | {"prompts": prompts})
+  return Json(session_tree(service, found) | {"prompts": [p._asdict() for p in card.prompts]})
 
 
 @endpoint

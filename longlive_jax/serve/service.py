@@ -15,6 +15,8 @@ from longlive_jax.serve.contract import Backend, Facts
 from longlive_jax.serve.engine import Engine
 from longlive_jax.serve.errors import Refused
 from longlive_jax.serve.frames import Form
+from longlive_jax.serve.heap import give_back
+from longlive_jax.serve.hosted import Residents
 from longlive_jax.serve.limits import Limits
 from longlive_jax.serve.metrics import Metrics
 from longlive_jax.serve.security import Access
@@ -77,9 +79,8 @@ class Service:
     self.setup, self.access, self._ended = setup, setup.access, ended
     self.metrics, self.engine = Metrics(), Engine()
     self._encoders = ThreadPoolExecutor(setup.encoders, thread_name_prefix="encoder")
-    self.shared = Shared(
-      setup.facts, setup.limits, setup.form, self.engine, self._encoders, self.metrics
-    )
+    parts = self.engine, self._encoders, self.metrics, Residents(setup.limits.resident_sessions)
+    self.shared = Shared(setup.facts, setup.limits, setup.form, *parts)
     self._own_folder = contextlib.ExitStack()
     folder = setup.state_dir
     if folder is None:
@@ -155,12 +156,16 @@ class Service:
       logging.info("ready in %.1f s: %s", time.perf_counter() - started, self.setup.url)
 
   async def _tend(self) -> None:
+    freed = 0
     while True:
       await asyncio.sleep(TEND_SECONDS)
       if self._model is not None:
         measured = await self.engine.attempt(self._model.memory)
         self._memory = measured.result()
         await tend(self.sessions)
+      if freed != self.shared.residents.freed:
+        freed = self.shared.residents.freed
+        await asyncio.to_thread(give_back)
 
   async def stop(self) -> None:
     """Takes nothing new, ends the block in the making, saves sessions, and frees everything."""

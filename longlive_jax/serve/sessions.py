@@ -18,6 +18,7 @@ from longlive_jax.serve.contract import Backend
 from longlive_jax.serve.errors import Refused, model_error
 from longlive_jax.serve.hosted import Hosted
 from longlive_jax.serve.live import Live
+from longlive_jax.serve.saver import Saver, Saving
 from longlive_jax.serve.security import SESSION_ID, check_id, new_id, unknown
 from longlive_jax.serve.shared import Shared
 from longlive_jax.serve.shelf import Shelf
@@ -45,6 +46,7 @@ class Sessions:
     self.shared, self.shelf = shared, shelf
     self._backend, self._memory = backend, memory
     self.live: dict[str, Live] = {}
+    self.saver = Saver(shelf, shared, backend, self.live) if shelf else None
     self._stopping = False
     self._tasks: set[asyncio.Task[None]] = set()
 
@@ -59,7 +61,8 @@ class Sessions:
     await self._make_room(owner)
     backend = self._backend()
     card = Card(new_id("session"), owner, seed, int(time.time()))
-    with self._entered(card, Hosted(lambda: backend.new(seed, image))) as live:
+    hosted = Hosted(lambda: backend.new(seed, image), self.shared.residents)
+    with self._entered(card, hosted) as live:
       await live.push(prompt, "keep", None)
       live.start()
     return live
@@ -112,14 +115,16 @@ class Sessions:
     """
     if isinstance(found := self.find(owner, session), Live):
       return found
+    saver, backend = self.saver, self._backend()
+    if saver is None:
+      raise unknown(SESSION_ID)
+    shelf = saver.shelf
+    await saver.settled(session)
     await self._make_room(owner)
     if isinstance(found := self.find(owner, session), Live):  # somebody else was faster
       return found
-    shelf, backend = self.shelf, self._backend()
-    if shelf is None:
-      raise unknown(SESSION_ID)
     card = dataclasses.replace(found)
-    hosted = Hosted(lambda: backend.load(shelf.state(session)))
+    hosted = Hosted(lambda: backend.load(shelf.state(session)), self.shared.residents)
     with self._entered(card, hosted, remove=False) as live:
       loading = await self.shared.engine.attempt(hosted.wake)
       reading = asyncio.get_running_loop().run_in_executor(None, shelf.frames, session)
@@ -143,7 +148,8 @@ class Sessions:
     await self._make_room(live.card.owner)
     card = dataclasses.replace(live.card, id=new_id("session"), created_at=int(time.time()))
     card.keep, card.saved_at = False, 0
-    with self._entered(card, Hosted(lambda: live.hosted.fork(block))) as child:
+    hosted = Hosted(lambda: live.hosted.fork(block), self.shared.residents)
+    with self._entered(card, hosted) as child:
       future = await self.shared.engine.attempt(child.hosted.wake)
       if error := future.exception():
         known = isinstance(error, ValueError)
@@ -168,40 +174,18 @@ class Sessions:
       found.card.keep = False
       if freed := self.finish(found, "deleted"):
         await asyncio.wait([freed])
-    elif self.shelf:
-      await asyncio.to_thread(self.shelf.remove, session)
+    elif self.saver:
+      await self.saver.remove(session)
 
-  async def save(self, live: Live, *, keep: bool, leave: bool = False) -> None:
-    """Writes a session to disk, between two of its blocks.
-
-    Args:
-      live: the session.
-      keep: whether it is to outlive its connection.
-      leave: whether it leaves memory at once, before anything else is asked of it.
+  async def save(self, live: Live, *, keep: bool, leave: bool = False) -> Saving:
+    """Begins to write a session to disk; see `Saver.begin`.
 
     Raises:
-      Refused: 409, nothing is saved here, or it has ended; 500, it cannot be written.
+      Refused: 409, nothing is saved here.
     """
-    shelf, backend = self.shelf, self._backend()
-    if shelf is None:
+    if self.saver is None:
       raise Refused(409, "not_saved", "this server has no --state_dir, so nothing is saved")
-    async with self.shared.engine.turn():
-      await live.settled()
-      if live.card.id not in self.live:
-        raise Refused(409, "not_saved", "the session has ended")
-      live.card.keep = live.card.keep or keep
-      card, frames = dataclasses.replace(live.card), live.reel.messages()
-
-      def write() -> None:
-        shelf.write(card, frames, live.hosted.save)
-        if leave:
-          live.hosted.leave(lambda: backend.load(shelf.state(card.id)))
-
-      future = await self.shared.engine.attempt(write)
-    if error := future.exception():
-      logging.error("session %s cannot be saved", card.id, exc_info=error)
-      raise Refused(500, "not_saved", "the session cannot be saved") from error
-    live.card.saved_at = card.saved_at
+    return await self.saver.begin(live, keep=keep, leave=leave)
 
   def over(self, live: Live, error: BaseException | None) -> None:
     """Ends a session that is long enough, or that the model failed."""
@@ -245,14 +229,14 @@ class Sessions:
   async def _free(self, live: Live, *, remove: bool) -> None:
     await live.stop()
     await self.shared.engine.attempt(live.hosted.close)
-    if self.shelf and remove:
-      await asyncio.to_thread(self.shelf.remove, live.card.id)
+    if self.saver and remove:
+      await self.saver.remove(live.card.id)
 
   async def put_away(self, live: Live, *, save: bool) -> None:
     """Lets a session without a connection go, to disk if it is to be saved."""
     saved = False
     if save:
-      saving = asyncio.create_task(self.save(live, keep=False))
+      saving = await self.save(live, keep=False)
       await asyncio.wait([saving])
       if live.gone_at is None or live.card.id not in self.live:  # its client came back
         saving.exception()
@@ -268,9 +252,9 @@ class Sessions:
       live.halt()
     for live in list(self.live.values()):
       if self.shelf:
-        saving = asyncio.create_task(self.save(live, keep=True))
-        await asyncio.wait([saving])
-        saving.exception()  # it is in the log
+        await asyncio.wait([await self.save(live, keep=True)])  # an error is in the log
       self.finish(live, "server_stop", remove=False)
     while self._tasks:
       await asyncio.wait(self._tasks)
+    if self.saver:
+      await self.saver.settled()

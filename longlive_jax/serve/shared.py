@@ -6,6 +6,7 @@ from concurrent.futures import Executor
 from longlive_jax.serve.contract import Facts
 from longlive_jax.serve.engine import Engine
 from longlive_jax.serve.frames import Form
+from longlive_jax.serve.hosted import Residents
 from longlive_jax.serve.limits import Limits
 from longlive_jax.serve.metrics import Metrics
 
@@ -21,6 +22,7 @@ class Shared:
     engine: the model's thread.
     encoders: threads that encode frames.
     metrics: what is counted.
+    residents: sessions on the accelerator; of the model's thread.
   """
 
   facts: Facts
@@ -29,3 +31,4 @@ class Shared:
   engine: Engine
   encoders: Executor
   metrics: Metrics
+  residents: Residents

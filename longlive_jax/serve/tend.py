@@ -19,20 +19,23 @@ async def tend(sessions: Sessions) -> None:
     state = live.hosted.state
     if live.gone_at is not None and now - live.gone_at > limits.resume_seconds:
       await sessions.put_away(live, save=live.card.keep)
-    elif sessions.shelf and idle > limits.disk_seconds and state in ("awake", "parked"):
+    elif sessions.saver and idle > limits.disk_seconds and state in ("awake", "parked"):
       await to_disk(sessions, live)
     elif idle > limits.park_seconds and state == "awake":
       parking = await sessions.shared.engine.attempt(live.hosted.park)
       if error := parking.exception():
         sessions.over(live, error)
-  if sessions.shelf:
-    for session in sessions.shelf.surplus(list(sessions.live)):
-      await asyncio.to_thread(sessions.shelf.remove, session)
+  if saver := sessions.saver:
+    for session in saver.shelf.surplus(list(sessions.live)):
+      await saver.remove(session)
 
 
 async def to_disk(sessions: Sessions, live: Live) -> None:
-  """Lets an idle session leave memory; if it cannot be saved, it stays for another while."""
-  saving = asyncio.create_task(sessions.save(live, keep=False, leave=True))
+  """Lets an idle session leave memory.
+
+  It stays if it is used while it is saved, and for another while if it cannot be saved.
+  """
+  saving = await sessions.save(live, keep=False, leave=True)
   await asyncio.wait([saving])
   if saving.exception():
     live.active_at = time.monotonic()

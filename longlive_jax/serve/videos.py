@@ -15,7 +15,7 @@ from absl import logging
 
 from longlive_jax.data.prompts import Script
 from longlive_jax.io.video import write_video
-from longlive_jax.serve.contract import Backend
+from longlive_jax.serve.contract import Backend, Session
 from longlive_jax.serve.errors import Refused, model_error
 from longlive_jax.serve.hosted import Hosted
 from longlive_jax.serve.security import VIDEO_ID, check_id, new_id, unknown
@@ -230,7 +230,11 @@ class Videos:
   async def _write(self, video: Video) -> BaseException | None:
     """Makes the file of a video; returns what went wrong."""
     backend, seed = self._backend(), video.seed()
-    hosted = Hosted(lambda: backend.new(seed, self.files.image(video.id)))
+
+    def make() -> Session:
+      return backend.new(seed, self.files.image(video.id))
+
+    hosted = Hosted(make, self.shared.residents)
     blocks = Blocks(video, hosted, self.shared)
     path, fps = self.files.content(video.id), self.shared.facts.fps
     loop = asyncio.get_running_loop()

@@ -5,6 +5,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import jax
@@ -80,6 +81,21 @@ def test_a_saved_session_goes_on_and_so_does_the_one_that_was_saved(tmp_path: Pa
     check_blocks(list(play(one, REST)), wanted)
   loaded.rewind(len(MADE) + 1)
   check_blocks([loaded.next_block()], wanted[1:])
+
+
+@pytest.mark.parametrize("name", ["float32", "nvfp4"])
+@pytest.mark.parametrize("closed", [False, True])
+def test_a_snapshot_is_written_as_it_was_whatever_the_session_does(
+  tmp_path: Path, name: str, closed: bool
+):
+  session, wanted = played(name).fork(), expected(name)[len(MADE) :]
+  write = session.snapshot()
+  check_blocks(list(play(session, REST)), wanted)
+  if closed:
+    session.close()
+  with ThreadPoolExecutor(1) as thread:
+    thread.submit(write, tmp_path / "saved").result()
+  check_blocks(list(play(Session.load(sampler_of(name), tmp_path / "saved"), REST)), wanted)
 
 
 def test_what_is_said_is_saved_too(tmp_path: Path):

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -29,7 +30,11 @@ class FakeBackend:
     block_seconds: that a block takes.
     fails_at: (prompt, error): blocks under this prompt fail.
     made, closed: sessions.
+    parked: how many are.
+    most_awake: at a time, of those that made blocks.
     threads: names of the threads that called.
+    writers: names of the threads that wrote sessions.
+    disk: while it is not set, writing waits.
   """
 
   facts: Facts = FACTS
@@ -38,8 +43,14 @@ class FakeBackend:
   made: int = 0
   closed: int = 0
   parked: int = 0
+  most_awake: int = 0
   threads: set[str] = dataclasses.field(default_factory=set)
+  writers: set[str] = dataclasses.field(default_factory=set)
+  disk: threading.Event = dataclasses.field(default_factory=threading.Event)
   log: list[tuple[int, int]] = dataclasses.field(default_factory=list)
+
+  def __post_init__(self) -> None:
+    self.disk.set()
 
   def new(self, seed: int, image: np.ndarray | None) -> Session:
     """A session."""
@@ -92,6 +103,9 @@ class FakeSession:
     prompt, error = self.backend.fails_at
     if self.prompt == prompt:
       raise error
+    assert not self.is_parked, "used while parked"
+    held = self.backend.made - self.backend.closed - self.backend.parked
+    self.backend.most_awake = max(self.backend.most_awake, held)
     frames = picture(self.seed, self.block, self.prompt, self.backend.facts)
     if self.block == 0 and self.image is not None:
       frames[0] = self.image
@@ -113,10 +127,17 @@ class FakeSession:
       raise ValueError(f"the oldest block to go back to is {self.block - 3}")
     self.block = block
 
-  def save(self, path: Path) -> None:
-    """Writes a file."""
+  def snapshot(self) -> Callable[[Path], object]:
+    """Writes a file, when `backend.disk` allows it."""
     self._touch()
-    path.write_text(json.dumps({"seed": self.seed, "block": self.block, "prompt": self.prompt}))
+    text = json.dumps({"seed": self.seed, "block": self.block, "prompt": self.prompt})
+
+    def write(path: Path) -> None:
+      self.backend.writers.add(threading.current_thread().name)
+      self.backend.disk.wait(20.0)
+      path.write_text(text)
+
+    return write
 
   def park(self) -> None:
     """Counts."""
@@ -136,4 +157,5 @@ class FakeSession:
     """Counts; must come once."""
     assert not self.is_closed, "closed twice"
     self.is_closed = True
+    self.backend.parked -= self.is_parked
     self.backend.closed += 1

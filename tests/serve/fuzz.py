@@ -1,6 +1,6 @@
 """Nonsense of all kinds, drawn from a seed: each gets a clear answer, and the server goes on.
 
-  python -m tests.serve.fuzz --messages=10000 --seed=1
+  python -m tests.serve.fuzz --messages=10000 --out=benchmarks/results/serve_fuzz_cpu.json
 
 A clear answer is an HTTP status below 500, an event, or a close code of a WebSocket, within
 `SECONDS`. Raw bytes that are no HTTP may also just be cut off.
@@ -12,8 +12,10 @@ import contextlib
 import json
 import random
 import socket
+import tempfile
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import httpx2
 import websockets.exceptions
@@ -21,6 +23,7 @@ from websockets.sync.client import ClientConnection
 
 from longlive_jax.serve.messages import KINDS
 from tests.serve.fake import FakeBackend
+from tests.serve.record import write_record
 from tests.serve.running import LOSSLESS, QUICK, Running, running
 
 SECONDS = 10.0
@@ -260,14 +263,22 @@ def main() -> None:
   parser = argparse.ArgumentParser()
   parser.add_argument("--messages", type=int, default=10_000)
   parser.add_argument("--seed", type=int, default=0)
+  parser.add_argument("--out", default="", help="file for the record")
   given = parser.parse_args()
-  backend = FakeBackend()
-  with running(backend, limits=QUICK, form=LOSSLESS) as run:
+  backend, began = FakeBackend(), time.monotonic()
+  with (
+    tempfile.TemporaryDirectory() as folder,
+    running(backend, limits=QUICK, form=LOSSLESS, state_dir=Path(folder)) as run,
+  ):
     told = fuzz(run, given.messages, given.seed, lambda done: None)
   for what, count in sorted(told.items()):
     print(f"{count:7} {what}")
   if backend.made != backend.closed:
     raise SystemExit(f"{backend.made} sessions made, {backend.closed} freed")
+  values = {"messages": given.messages, "seconds": round(time.monotonic() - began, 1)}
+  answers = {what.strip(): count for what, count in sorted(told.items())}
+  values |= {"sessions_made": backend.made, "sessions_freed": backend.closed}
+  write_record(given.out, "tests.serve.fuzz", values | {"answers": answers})
   print(f"{given.messages} messages, {backend.made} sessions made and freed")
 
 

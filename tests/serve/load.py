@@ -1,6 +1,6 @@
 """A crowd of viewers: a third reads slowly, a third vanishes at random, the others want all.
 
-  python -m tests.serve.load --clients=16 --minutes=10
+  python -m tests.serve.load --clients=16 --minutes=10 --out=benchmarks/results/serve_load_cpu.json
 
 Starts `launch.serve` with the tiny model (or takes `--url`) and says what each of the others got,
 how memory went, and whether every session was freed. `test_fair_queue` does the same for seconds
@@ -23,8 +23,11 @@ from websockets.asyncio.client import ClientConnection, connect
 from websockets.exceptions import ConnectionClosed, InvalidStatus
 
 from longlive_jax.serve.frames import unpack
+from tests.serve.record import write_record
 
 MOST_RATIO = 1.3  # between the shares of those who want all
+MOST_GROWTH = 1.1  # of memory, between the halves of the time after the first minute
+TICKS_A_MINUTE = 6
 PROMPTS = ("one red circle, over snow", "one purple triangle moving up, over sand")
 
 
@@ -125,7 +128,7 @@ async def view(
   for client in clients:
     client.blocks = 0
   while time.monotonic() < until:
-    await asyncio.sleep(min(10.0, seconds / 10))
+    await asyncio.sleep(min(60 / TICKS_A_MINUTE, seconds / 10))
     await asyncio.to_thread(tick)
   await asyncio.gather(*tasks)
 
@@ -144,6 +147,18 @@ def metric(url: str, name: str) -> float:
   return sum(map(float, found))
 
 
+def held(url: str) -> int:
+  """Sessions that the server has."""
+  states = ("awake", "parked", "disk")
+  return int(sum(metric(url, f"longlive_sessions_{state}") for state in states))
+
+
+def growth(memory: list[float]) -> float:
+  """The most memory of the second half over the most of the first, the first minute left out."""
+  later = memory[min(TICKS_A_MINUTE, len(memory) - 2) :]
+  return max(later[len(later) // 2 :]) / max(later[: len(later) // 2])
+
+
 def serve(arguments: list[str]) -> tuple[subprocess.Popen, str]:
   """Starts the real server; returns it and its address once it is ready."""
   command = [sys.executable, "-m", "launch.serve", "--port=0", *arguments]
@@ -156,6 +171,17 @@ def serve(arguments: list[str]) -> tuple[subprocess.Popen, str]:
   raise SystemExit(f"the server ended with {process.wait()}")
 
 
+def figures(clients: list[Client], memory: list[float]) -> dict:
+  """What a record says of a run; the last memory is after it."""
+  names = ("kind", "blocks", "sessions", "vanished", "errors")
+  return {
+    "clients": [{name: getattr(client, name) for name in names} for client in clients],
+    "ratio_of_shares": round(ratio(clients), 3),
+    "memory_mib": [round(each) for each in memory],
+    "memory_growth": round(growth(memory[:-1]), 3),
+  }
+
+
 def main() -> None:
   """Command line."""
   parser = argparse.ArgumentParser()
@@ -163,33 +189,44 @@ def main() -> None:
   parser.add_argument("--minutes", type=float, default=10.0)
   parser.add_argument("--seed", type=int, default=0)
   parser.add_argument("--url", default="", help="a server that runs, instead of a new one")
+  parser.add_argument("--out", default="", help="file for the record")
   given = parser.parse_args()
   process, url = None, given.url
   if not url:
     limits = [f"--sessions={2 * given.clients}", "--resume_seconds=20", "--seconds=100000"]
     process, url = serve(["--config=configs/tiny.py", *limits])
-  clients, memory = crowd(given.clients, given.seed, 1.0), []
+  clients = crowd(given.clients, given.seed, 1.0)
+  memory: list[float] = []
+  sessions: list[int] = []
 
   def tick() -> None:
     memory.append(metric(url, "process_resident_memory_bytes") / 2**20)
-    print(f"{sum(c.blocks for c in clients)} blocks, {memory[-1]:.0f} MiB", flush=True)
+    sessions.append(held(url))
+    blocks = sum(client.blocks for client in clients)
+    print(f"{blocks} blocks, {sessions[-1]} sessions, {memory[-1]:.0f} MiB", flush=True)
 
   socket = url.replace("http", "ws", 1) + "/v1/realtime"
   asyncio.run(view(socket, clients, 60 * given.minutes, tick))
   for client in clients:
     told = f"{client.sessions} sessions, vanished {client.vanished} times"
     print(f"{client.kind:10} {client.blocks:6} blocks, {told} {'; '.join(client.errors[:3])}")
-  deadline, left = time.monotonic() + 60, 1.0
+  deadline, left = time.monotonic() + 60, 1
   while left and time.monotonic() < deadline:
     time.sleep(1)
-    left = sum(metric(url, f"longlive_sessions_{s}") for s in ("awake", "parked", "disk"))
-  failed = [client for client in clients if client.errors]
-  growth = max(memory[len(memory) // 2 :]) - max(memory[: len(memory) // 2 + 1])
-  print(f"shares {ratio(clients):.2f}, memory grew by {growth:.0f} MiB, {left:.0f} sessions left")
+    left = held(url)
+  time.sleep(3)
+  memory.append(metric(url, "process_resident_memory_bytes") / 2**20)
+  print(f"shares {ratio(clients):.2f}, {left} sessions left")
+  print(f"memory {growth(memory[:-1]):.3f} of what it was, {memory[-1]:.0f} MiB at the end")
   if process:
     process.terminate()
     print(f"the server ended with {process.wait()}")
-  if failed or left or ratio(clients) > MOST_RATIO or (process and process.returncode):
+  code = process.returncode if process else None
+  counts = {"sessions_held": sessions, "sessions_left": left, "exit_code_of_server": code}
+  write_record(given.out, "tests.serve.load", figures(clients, memory) | counts)
+  failed = any(client.errors for client in clients) or left or code
+  kept = memory[-1] > memory[0]  # of sessions that are no more
+  if failed or kept or ratio(clients) > MOST_RATIO or growth(memory[:-1]) > MOST_GROWTH:
     raise SystemExit("not as it should be")
 
 

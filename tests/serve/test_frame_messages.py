@@ -1,11 +1,13 @@
 """Binary messages of frames: what is packed comes back, and nothing else is taken."""
 
+import io
 import struct
 
 import numpy as np
 import pytest
+from PIL import Image, ImageFile
 
-from longlive_jax.serve.frames import Form, decode, encode_block, join, split, unpack
+from longlive_jax.serve.frames import Form, decode, encode_block, encode_frame, join, split, unpack
 from tests.serve.fake import picture
 
 FRAMES = picture(1, 1, "a")
@@ -19,6 +21,28 @@ def test_the_header_is_as_documented():
   lengths = struct.unpack("<2I", message[16:24])
   assert len(message) == 24 + sum(lengths)
   assert message[24:27] == b"\xff\xd8\xff"  # a JPEG
+
+
+def test_a_jpeg_is_encoded_without_the_lock_of_the_interpreter(monkeypatch: pytest.MonkeyPatch):
+  given: list[int | None] = []
+  real = ImageFile._encode_tile
+
+  def encode(image, file, tile, size, descriptor, *error) -> None:
+    given.append(descriptor)  # Pillow gives the lock away only if there is one
+    real(image, file, tile, size, descriptor, *error)
+
+  monkeypatch.setattr(ImageFile, "_encode_tile", encode)
+  data = encode_frame(FRAMES[0], Form())
+  assert len(given) == 1 and given[0] is not None
+  file = io.BytesIO()
+  Image.fromarray(FRAMES[0]).save(file, "JPEG", quality=85)
+  assert file.getvalue() == data
+
+
+def test_frames_are_encoded_where_memory_has_no_files(monkeypatch: pytest.MonkeyPatch):
+  expected = encode_frame(FRAMES[0], Form())
+  monkeypatch.delattr("os.memfd_create")
+  assert encode_frame(FRAMES[0], Form()) == expected
 
 
 @pytest.mark.parametrize("size", [1, 3, 8, 64])

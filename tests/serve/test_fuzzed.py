@@ -6,8 +6,8 @@ from tests.serve.fuzz import fuzz
 from tests.serve.running import running
 
 
-def test_nonsense_gets_clear_answers(caplog):
-  with running() as run:
+def test_nonsense_gets_clear_answers(caplog, tmp_path):
+  with running(state_dir=tmp_path) as run:
     told = fuzz(run, 3000, seed=11, tick=lambda done: None)
   assert run.backend.made == run.backend.closed > 20
   kinds = {what.rpartition(" ")[0] for what in told}

@@ -107,14 +107,14 @@ def test_what_was_on_its_way_when_going_back_does_not_count():
 def test_a_card_knows_which_prompt_holds():
   card = Card("session_x", "", 0, 0)
   assert card.prompt_of(5) == ""
-  card.push(0, "a")
-  card.push(3, "b")
-  card.push(3, "c")
-  card.push(6, "d")
+  card.push(0, "a", "cut")
+  card.push(3, "b", "keep")
+  card.push(3, "c", "cut")
+  card.push(6, "d", "recache")
   assert [card.prompt_of(block) for block in (0, 2, 3, 5, 6, 9)] == list("aaccdd")
   card.made, card.position = 7, 40
   card.rewind(4, 29)
-  assert (card.made, card.position, card.prompts) == (4, 29, [(0, "a"), (3, "c")])
+  assert (card.made, card.position, card.prompts) == (4, 29, [(0, "a", "keep"), (3, "c", "cut")])
 
 
 def test_blocks_and_frames():

@@ -138,7 +138,7 @@ def test_the_page_knows_the_words_of_the_model():
 
 NODE = """
 import * as protocol from "./protocol.js";
-import {initial, phase, reduce} from "./state.js";
+import {canGoBack, initial, phase, reduce} from "./state.js";
 import {FrameStore} from "./frames.js";
 import {anyPrompt} from "./words.js";
 import {readFileSync} from "node:fs";
@@ -162,9 +162,14 @@ for (const event of given.events) {
   phases.push(phase(state)[0]);
 }
 const script = protocol.scriptOf(given.shots, 6, 7);
+const told = protocol.shotsOf({
+  prompts: given.shots.map(({block, prompt, transition}) => ({block, text: prompt, transition})),
+});
+const limits = {rewind_blocks: 3};
+const back = [1, 2, 7].map((block) => canGoBack({model: {limits}, made: 4, making: 5}, block));
 const prompts = Array.from({length: 50}, () => anyPrompt());
 const {shots} = state;
-console.log(JSON.stringify({unpacked, blocks, starts, phases, shots, script, prompts}));
+console.log(JSON.stringify({unpacked, blocks, starts, phases, shots, script, prompts, told, back}));
 """
 
 
@@ -231,6 +236,12 @@ def test_the_script_of_a_session_is_one_that_the_server_takes(node: dict):
   assert script.seed == 7
   told = [(shot.prompt, FACTS.blocks_of(shot), shot.transition) for shot in script.shots]
   assert told[0][:2] == ("a", 2) and told[1] == ("b", 4, "cut")
+
+
+def test_the_page_knows_what_was_said_and_how_far_it_can_go_back(node: dict):
+  transitions = [(shot["block"], shot["prompt"], shot["transition"]) for shot in node["told"]]
+  assert transitions == [(0, "a", "keep"), (2, "b", "cut"), (9, "c", "recache")]
+  assert node["back"] == [False, True, True]
 
 
 def test_prompts_drawn_at_random_are_short_enough(node: dict):

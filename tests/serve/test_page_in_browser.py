@@ -15,6 +15,10 @@ pytestmark = pytest.mark.browser
 FIRST, SECOND = "one red circle moving left, over snow", "one purple triangle moving up, over sand"
 THIRD = "one blue square moving down, over fog"
 Open = Callable[..., Watcher]
+FORGETS = """() => {  // as if the receipt of a prompt had been lost
+  const record = JSON.parse(sessionStorage.getItem("longlive.session"));
+  sessionStorage.setItem("longlive.session", JSON.stringify({...record, shots: []}));
+}"""
 
 
 @pytest.fixture(scope="module")
@@ -97,10 +101,12 @@ def test_a_lost_connection_goes_on_with_the_same_session(port: int, watcher: Ope
 def test_a_reload_goes_on_with_the_same_session(port: int, watcher: Open):
   page = watcher(port)
   page.watch(FIRST)
-  before = page.until("s.block >= 1")
+  page.change(SECOND, "Control+Enter")
+  before = page.until("s.shots.length === 2 && s.block >= 1")
+  page.page.evaluate(FORGETS)
   page.page.reload()
   after = page.until(f"s.frame > {before['frame'] + 20}")
-  assert after["session"] == before["session"]
+  assert after["session"] == before["session"] and after["shots"] == before["shots"]
 
 
 def test_going_back_and_forking(port: int, watcher: Open):

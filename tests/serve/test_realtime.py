@@ -5,6 +5,7 @@ import contextlib
 import dataclasses
 import io
 import json
+import threading
 import time
 
 import numpy as np
@@ -12,8 +13,9 @@ import pytest
 import websockets.exceptions
 from PIL import Image
 
-from longlive_jax.serve.frames import Form, decode
-from tests.serve.fake import FACTS, FakeBackend, picture
+from longlive_jax.serve.frames import Form, decode, encode_frame
+from longlive_jax.serve.hosted import Hosted, Residents
+from tests.serve.fake import FACTS, FakeBackend, FakeSession, picture
 from tests.serve.running import QUICK, Running, Viewer, running, wait_for
 
 
@@ -254,6 +256,89 @@ def test_a_client_that_does_not_come_back_is_forgotten(monkeypatch: pytest.Monke
     assert not run.service.sessions.live
 
 
+def test_more_sessions_than_the_accelerator_holds_take_turns_on_it():
+  limits = dataclasses.replace(QUICK, resident_sessions=2)
+  with running(limits=limits) as run, contextlib.ExitStack() as stack:
+    viewers = [stack.enter_context(run.viewer("one", seed=seed)) for seed in range(4)]
+    for block in range(6):
+      for seed, viewer in enumerate(viewers):
+        np.testing.assert_array_equal(frames_of(viewer.block()), picture(seed, block, "one"))
+        viewer.say("played", position=FACTS.first_frame(block + 1))
+    assert run.backend.most_awake == 2
+    for viewer in viewers:
+      viewer.say("stop")
+      assert viewer.close_code() == 1000
+    wait_for(lambda: run.backend.closed == 4)
+    assert run.backend.parked == 0
+
+
+def test_a_fork_finds_room_where_one_session_has_it():
+  limits = dataclasses.replace(QUICK, resident_sessions=1)
+  with running(limits=limits) as run, run.viewer("one", seed=4) as viewer:
+    viewer.block(), viewer.block()
+    viewer.say("fork", block=1)
+    with run.resumed(viewer.event("forked")["session"]) as other:
+      for block in (1, 2):
+        np.testing.assert_array_equal(frames_of(other.block()), picture(4, block, "one"))
+      viewer.say("played", position=FACTS.first_frame(2))
+      np.testing.assert_array_equal(frames_of(viewer.block()), picture(4, 2, "one"))
+    assert run.backend.most_awake == 1
+
+
+def test_a_session_that_cannot_be_parked_is_not_in_the_way(monkeypatch: pytest.MonkeyPatch):
+  def lost(self: FakeSession) -> None:
+    raise ValueError("block 3 was interrupted")
+
+  monkeypatch.setattr(FakeSession, "park", lost)
+  backend, residents = FakeBackend(), Residents(1)
+  first, second = (Hosted(lambda: backend.new(1, None), residents) for _ in range(2))
+  first.wake()
+  assert second.next_block().block == 0
+  assert (first.state, second.state) == ("awake", "awake")  # the first is about to be closed
+
+
+def test_frames_are_encoded_by_several_threads_and_never_by_that_of_the_model(monkeypatch):
+  threads: list[str] = []
+
+  def encode(frame: np.ndarray, form: Form) -> bytes:
+    threads.append(threading.current_thread().name)
+    time.sleep(0.001)
+    return encode_frame(frame, form)
+
+  monkeypatch.setattr("longlive_jax.serve.frames.encode_frame", encode)
+  with running() as run, run.viewer(seed=2) as viewer:
+    for block in range(2):
+      np.testing.assert_array_equal(
+        frames_of(viewer.block()), picture(2, block, viewer.session["prompt"])
+      )
+  assert {name.rpartition("_")[0] for name in threads} == {"encoder"}
+  assert len(set(threads)) == 2
+
+
+def test_what_can_be_asked_of_the_model_and_what_was_said_can_be_read(server: Running):
+  with server.viewer("one") as viewer, server.http() as client:
+    (model,) = client.get("/v1/models").json()["data"]
+    assert model["id"] == FACTS.name and model["limits"]["rewind_blocks"] == 3
+    viewer.block(), viewer.block()
+    viewer.say("cut", text="two")
+    viewer.say("played", position=FACTS.first_frame(2))
+    viewer.block(), viewer.block()
+    viewer.say("prompt", text="three", transition="recache")
+    for _ in range(2):
+      viewer.event("prompt_received")
+    found = client.get(f"/v1/sessions/{viewer.session['id']}").json()
+    assert (found["block"], found["prompt"]) == (4, "three")
+    assert found["prompts"] == [
+      {"block": 0, "text": "one", "transition": "keep"},
+      {"block": 2, "text": "two", "transition": "cut"},
+      {"block": 4, "text": "three", "transition": "recache"},
+    ]
+    viewer.say("rewind", block=2)
+    viewer.event("rewound")
+    found = client.get(f"/v1/sessions/{viewer.session['id']}").json()
+    assert [said["text"] for said in found["prompts"]] == ["one", "two"]
+
+
 def test_the_first_frame_may_be_given(server: Running):
   image = np.full((64, 128, 3), [9, 200, 30], np.uint8)
   file = io.BytesIO()
@@ -340,8 +425,9 @@ def test_a_wrong_message_is_told_and_the_session_goes_on(server: Running):
 def test_a_client_that_talks_too_fast_is_cut_off():
   limits = dataclasses.replace(QUICK, messages_a_second=5.0)
   with running(limits=limits) as run, run.viewer() as viewer:
-    for _ in range(20):
-      viewer.say("played", position=0)
+    with contextlib.suppress(websockets.exceptions.ConnectionClosed):
+      for _ in range(20):
+        viewer.say("played", position=0)
     assert viewer.event("error")["code"] == "too_fast"
     assert viewer.close_code() == 4429
 

@@ -2,17 +2,20 @@
 
 import dataclasses
 import errno
+import gc
 import json
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+import weakref
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from longlive_jax.serve.card import Card
+from longlive_jax.serve.card import Card, Said
 from longlive_jax.serve.frames import decode
 from longlive_jax.serve.server import take_folder
 from longlive_jax.serve.shelf import Shelf
@@ -66,7 +69,7 @@ def test_a_signal_saves_what_lives_and_the_next_server_goes_on(start, tmp_path: 
     viewer.block(), viewer.block()
     viewer.say("played", position=FACTS.first_frame(1))
     viewer.block()
-    viewer.say("prompt", text="two")
+    viewer.say("prompt", text="two", transition="recache")
     viewer.event("prompt_received")
     video = client.post("/v1/videos", json={"prompt": "slow", "seconds": 30, "seed": 9}).json()
     assert first.end(signal.SIGTERM) == 0
@@ -77,7 +80,10 @@ def test_a_signal_saves_what_lives_and_the_next_server_goes_on(start, tmp_path: 
   with second.run.http() as client:
     (listed,) = client.get("/v1/sessions").json()["data"]
     prompts = client.get(f"/v1/sessions/{listed['id']}").json()["prompts"]
-    assert prompts == [{"block": 0, "text": "one"}, {"block": 3, "text": "two"}]
+    assert prompts == [
+      {"block": 0, "text": "one", "transition": "keep"},
+      {"block": 3, "text": "two", "transition": "recache"},
+    ]
     assert listed["id"] == viewer.session["id"] and listed["status"] == "saved"
     assert (listed["block"], listed["prompt"], listed["connected"]) == (3, "two", False)
     again = client.get(f"/v1/videos/{video['id']}").json()
@@ -127,7 +133,7 @@ def shelf(tmp_path: Path) -> Shelf:
 
 
 def card(session: str = ID, **changes) -> Card:
-  return dataclasses.replace(Card(session, "", 1, 2, [(0, "a")], 3), **changes)
+  return dataclasses.replace(Card(session, "", 1, 2, [Said(0, "a", "keep")], 3), **changes)
 
 
 def test_a_card_comes_back(shelf: Shelf, tmp_path: Path):
@@ -177,7 +183,14 @@ def test_what_cannot_be_understood_is_left_alone(shelf: Shelf, tmp_path: Path, t
 
 @pytest.mark.parametrize(
   "changes",
-  [{"seed": -1}, {"seed": "1"}, {"prompts": [[0]]}, {"made": True}, {"id": "session_x"}],
+  [
+    {"seed": -1},
+    {"seed": "1"},
+    {"prompts": [[0]]},
+    {"prompts": [[0, "a", "fade"]]},
+    {"made": True},
+    {"id": "session_x"},
+  ],
 )
 def test_a_card_of_other_types_is_left_alone(shelf: Shelf, tmp_path: Path, changes):
   file = tmp_path / ID / "session.json"
@@ -213,6 +226,76 @@ def test_an_idle_session_goes_to_disk_and_comes_back(monkeypatch: pytest.MonkeyP
     assert viewer.close_code() == 1000
     wait_for(lambda: run.backend.closed == 2)
     wait_for(lambda: not any((tmp_path / "sessions").iterdir()))  # nobody asked to keep it
+
+
+def test_blocks_are_made_while_a_session_is_written(tmp_path: Path):
+  with running(state_dir=tmp_path) as run:
+    with run.viewer("a", seed=1) as viewer, run.viewer("b", seed=2) as other:
+      viewer.block(), viewer.block(), other.block(), other.block()
+      run.backend.disk.clear()
+      viewer.say("save", id=1)
+      wait_for(lambda: run.backend.writers)
+      other.say("played", position=FACTS.first_frame(2))
+      other.block(), other.block()
+      viewer.say("played", position=FACTS.first_frame(2))
+      viewer.block()
+      np.testing.assert_array_equal(frames_of(viewer.block()), picture(1, 3, "a"))
+      shelf = run.service.sessions.shelf
+      assert shelf.cards == {}
+      viewer.say("stop")  # comes when it is saved
+      run.backend.disk.set()
+      assert viewer.event("saved") == {"type": "saved", "id": 1, "block": 2}
+      assert viewer.event("ended")["saved"]
+    (saved,) = shelf.cards.values()
+    assert (saved.made, json.loads(shelf.state(saved.id).read_text())["block"]) == (2, 2)
+    assert not any(name.startswith("model") for name in run.backend.writers)
+
+
+def test_a_session_is_saved_even_if_its_connection_is_lost_meanwhile(tmp_path: Path):
+  with running(state_dir=tmp_path) as run:
+    with run.viewer("a", seed=1) as viewer:
+      viewer.block(), viewer.block()
+      run.backend.disk.clear()
+      viewer.say("save")
+      wait_for(lambda: run.backend.writers)
+    live = run.service.sessions.live[viewer.session["id"]]
+    wait_for(lambda: live.gone_at)
+    run.backend.disk.set()
+    wait_for(lambda: run.service.sessions.shelf.cards)
+
+
+def test_a_session_that_is_deleted_while_it_is_written_is_gone(tmp_path: Path):
+  with running(state_dir=tmp_path) as run, run.viewer() as viewer, run.http() as client:
+    viewer.block()
+    run.backend.disk.clear()
+    viewer.say("save")
+    wait_for(lambda: run.backend.writers)
+    url = f"/v1/sessions/{viewer.session['id']}"
+    with ThreadPoolExecutor(1) as other:
+      deleting = other.submit(client.delete, url)
+      assert viewer.event("ended")["reason"] == "deleted"
+      run.backend.disk.set()
+      assert deleting.result().status_code == 200
+    assert client.get(url).status_code == 404
+    assert not any((tmp_path / "sessions").iterdir())
+
+
+def test_a_session_that_is_used_while_it_goes_to_disk_stays(monkeypatch, tmp_path: Path):
+  monkeypatch.setattr("longlive_jax.serve.service.TEND_SECONDS", 0.02)
+  limits = dataclasses.replace(QUICK, park_seconds=0.02, disk_seconds=0.1)
+  with running(limits=limits, state_dir=tmp_path) as run, run.viewer("a", seed=1) as viewer:
+    run.backend.disk.clear()
+    viewer.block(), viewer.block()
+    live = run.service.sessions.live[viewer.session["id"]]
+    wait_for(lambda: run.backend.writers)
+    viewer.say("played", position=FACTS.first_frame(2))
+    np.testing.assert_array_equal(frames_of(viewer.block()), picture(1, 2, "a"))
+    run.backend.disk.set()
+    wait_for(lambda: live.hosted.state == "disk")  # in the end, once it is idle
+    assert json.loads(run.service.sessions.shelf.state(live.card.id).read_text())["block"] == 4
+    viewer.say("played", position=FACTS.first_frame(4))
+    np.testing.assert_array_equal(frames_of(viewer.block()), picture(1, 3, "a"))
+    np.testing.assert_array_equal(frames_of(viewer.block()), picture(1, 4, "a"))
 
 
 def test_a_session_that_was_saved_outlives_its_connection(monkeypatch, tmp_path: Path):
@@ -252,15 +335,23 @@ def test_a_session_that_cannot_be_loaded_is_told(tmp_path: Path):
 
 
 def test_a_full_disk_is_told_and_the_session_goes_on(tmp_path: Path, monkeypatch):
-  def full(self: FakeSession, path: Path) -> None:
-    raise OSError(errno.ENOSPC, "no space left", str(path))
+  copies: list[weakref.ref] = []
 
-  monkeypatch.setattr(FakeSession, "save", full)
+  def snapshot(self: FakeSession) -> Callable[[Path], None]:
+    def full(path: Path) -> None:
+      raise OSError(errno.ENOSPC, "no space left", str(path))
+
+    copies.append(weakref.ref(full))
+    return full
+
+  monkeypatch.setattr(FakeSession, "snapshot", snapshot)
+  monkeypatch.setattr("absl.logging.error", lambda *told, **options: None)  # pytest keeps it
   with running(state_dir=tmp_path) as run, run.viewer() as viewer:
     viewer.block(), viewer.block()
     viewer.say("save", id=2)
     error = viewer.event("error")
     assert (error["code"], error["id"]) == ("not_saved", 2)
+    wait_for(lambda: gc.collect() >= 0 and copies[0]() is None)  # no error holds it
     viewer.say("played", position=FACTS.first_frame(2))
     viewer.block()
     assert run.service.sessions.shelf.cards == {}

@@ -1,8 +1,8 @@
 /** What a viewer can do, and what happens when the server says something. */
 
-import {blockAt, firstFrame, scriptOf} from "./protocol.js";
+import {blockAt, firstFrame, scriptOf, shotsOf} from "./protocol.js";
 import {cursorBlock, shotOf} from "./state.js";
-import {getModel, isReady, makeFilm, setToken, token, whyRefused} from "./api.js";
+import {getModel, getSession, isReady, makeFilm, setToken, token, whyRefused} from "./api.js";
 import {Branches} from "./branches.js";
 import {forget, recall, remember} from "./memory.js";
 import {FrameStore} from "./frames.js";
@@ -206,6 +206,17 @@ export class Control {
       this.times.resumed += 1;
     }
     this.player.pause(paused);
+    this.learnShots();
+  }
+
+  /** Asks for the session's prompts: one may have been received as a connection was lost. */
+  async learnShots() {
+    const {session, shots} = this.state;
+    const tree = await getSession(session.id).catch(() => null);
+    if (!tree || this.state.session?.id !== session.id) return;
+    if (this.state.shots !== shots) return this.learnShots(); // something has come meanwhile
+    this.set({shots: shotsOf(tree)});
+    remember(this.state);
   }
 
   onFrames(packed) {

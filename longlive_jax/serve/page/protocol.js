@@ -69,6 +69,11 @@ export function backoff(attempt, chance = Math.random()) {
   return Math.min(10000, 400 * 2 ** Math.min(attempt, 8)) * (0.75 + 0.5 * chance);
 }
 
+/** The shots of a session, from /v1/sessions/ID. */
+export function shotsOf(tree) {
+  return tree.prompts.map(({block, text, transition}) => ({block, prompt: text, transition}));
+}
+
 /**
  * The script of a session: made from it, a video has the same frames.
  * @param {{block: number, prompt: string, transition: string}[]} shots

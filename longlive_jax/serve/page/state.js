@@ -179,6 +179,12 @@ export function cursorBlock(state) {
   return state.session ? blockAt(Math.max(0, state.cursor), state.session.sizes) : 0;
 }
 
+/** Whether the server can make a block again; it may yet refuse, as after a restart. */
+export function canGoBack(state, block) {
+  const most = state.model?.limits.rewind_blocks ?? Infinity;
+  return block >= Math.max(state.made, state.making) - most;
+}
+
 /** One word for what is going on, and a sentence for it. */
 export function phase(state) {
   const before = {

@@ -1,7 +1,7 @@
 /** Draws the state into the page; reads nothing back from it. */
 
 import {blockAt, firstFrame} from "./protocol.js";
-import {cursorBlock, looksBack, phase, shotOf} from "./state.js";
+import {canGoBack, cursorBlock, looksBack, phase, shotOf} from "./state.js";
 import {HELP} from "./keys.js";
 import {EXAMPLES, anyPrompt, knowsShapes} from "./words.js";
 import {clock} from "./timeline.js";
@@ -100,7 +100,11 @@ function back(state) {
   text("back-text", `Block ${block}: ${prompt}`);
   const typed = $("prompt").value.trim();
   const other = typed && typed !== prompt;
-  text("go-on", other ? "Go on with the new prompt" : "Go on from here");
+  const able = canGoBack(state, block);
+  enable("go-on", able);
+  enable("back-fork", able);
+  const words = other ? "Go on with the new prompt" : "Go on from here";
+  text("go-on", able ? words : "Too long ago to go on");
 }
 
 function transport(state) {
