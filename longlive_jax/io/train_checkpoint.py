@@ -4,6 +4,7 @@ Leaves are stored under their dotted names ("params.layers.ffn.up"), so any pytr
 stored form does not depend on its classes. Random keys are stored as their data.
 """
 
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
@@ -21,6 +22,7 @@ from longlive_jax.io.processes import is_first, of_all, wait_for_all
 from longlive_jax.types import PyTree
 
 BESIDE = "beside."  # before the names of arrays that are kept beside the state
+LEFT_BEHIND = "coroutine '.*' was never awaited"
 UNREADABLE = (ValueError, OSError, KeyError)  # what Orbax raises for damaged files
 
 
@@ -215,6 +217,8 @@ class TrainCheckpointer:
     try:
       return self._checkpointer.load(step, wanted)
     except UNREADABLE as error:
+      # Orbax leaves coroutines behind, which the collector of garbage would warn of some time later
+      warnings.filterwarnings("ignore", LEFT_BEHIND, RuntimeWarning)
       raise DamagedError(
         f"checkpoint '{self.folder / str(step)}' is damaged: it cannot be read;"
         " remove it to go on from the one before"

@@ -78,7 +78,7 @@ COLLECTIVE = re.compile(r"= [a-z0-9]+\[([\d,]*)\]\S* (all-\w+|collective-\w+|red
 @each_split
 def test_devices_exchange_border_rows_and_the_attention_of_the_middle(vae, form, ranks, at_a_time):
   _, latents, height, width, _ = BLOCK
-  text = decoded(vae, form, ranks, at_a_time)[0]._later.as_text()
+  text = decoded(vae, form, ranks, at_a_time)[0].later.as_text()
   found = [(kind, [int(n) for n in dims.split(",")]) for dims, kind in COLLECTIVE.findall(text)]
   assert len(found) == len(re.findall(r"(?:all-\w+|collective-\w+|reduce-scatter)\(", text))
   assert {kind for kind, _ in found} == {"collective-permute", "all-gather"}
@@ -93,7 +93,7 @@ def test_devices_exchange_border_rows_and_the_attention_of_the_middle(vae, form,
 
 def test_devices_share_the_work():
   decoders = (decoded(LIGHT)[0], decoded(*SPLIT[2])[0])
-  one, ours = (decoder._later.cost_analysis()["flops"] for decoder in decoders)
+  one, ours = (decoder.later.cost_analysis()["flops"] for decoder in decoders)
   assert 1 / 2 <= ours / one < 1.1 / 2
 
 
