@@ -23,7 +23,6 @@ errors are taken against is computed in any case.
       --repeats=20 --profile=outputs/traces --out=outputs/block_fp8.jsonl
 """
 
-import json
 import math
 from collections.abc import Callable, Iterator
 
@@ -42,8 +41,8 @@ from longlive_jax.eval import (
   bench_sp,
   bench_vae,
 )
-from longlive_jax.eval.bench import Case, Record, measure
-from longlive_jax.io.atomic import check_writable, replacing
+from longlive_jax.eval.bench import Case, Record, measure, write_records
+from longlive_jax.io.atomic import check_writable
 
 CONFIGS = {"5b": "configs/wan5b_sample.py", "tiny": "configs/tiny.py"}
 LARGEST = {"5b": 2**29, "tiny": 2**16}  # elements of the array that is copied
@@ -129,8 +128,7 @@ def main(argv: list[str]) -> None:
     for record in measure(case, REPEATS.value, WARM.value, chosen, PROFILE.value):
       records.append({"suite": SUITE.value, **record})
       print(line(records[-1]), flush=True)
-    with replacing(OUT.value) as part:
-      part.write_text("".join(json.dumps(record) + "\n" for record in records))
+    write_records(OUT.value, records)
   check_found(names)
 
 

@@ -8,15 +8,13 @@ on the host). With an empty io.checkpoint weights are random, and prompts are re
 one JSON record a line and prints a table. Compare runs on the same warm device only.
 """
 
-import json
-
 from absl import flags
 
 from longlive_jax.build import Pipeline, enable_compile_cache
 from longlive_jax.config.load import define_config_flag, from_flags, run_main, without_files
 from longlive_jax.eval import bench_rollout
-from longlive_jax.eval.bench import Record
-from longlive_jax.io.atomic import check_writable, replacing
+from longlive_jax.eval.bench import Record, check_some, write_records
+from longlive_jax.io.atomic import check_writable
 
 CONFIG = define_config_flag()
 OUT = flags.DEFINE_string("out", "outputs/bench_rollout.jsonl", "file to write")
@@ -37,9 +35,7 @@ def main(argv: list[str]) -> None:
   """Command line."""
   del argv
   experiment = without_files(from_flags(CONFIG.value))
-  for part in PARTS.value:
-    if part not in bench_rollout.PARTS:
-      raise ValueError(f"--parts has {part!r}; use some of {', '.join(bench_rollout.PARTS)}")
+  check_some("parts", PARTS.value, bench_rollout.PARTS)
   check_writable(OUT.value)
   enable_compile_cache(experiment)
   records: list[Record] = []
@@ -54,8 +50,7 @@ def main(argv: list[str]) -> None:
     f"built in {first['build_seconds']:.1f} s, compiled in {first['compile_seconds']:.1f} s; from a"
     f" prompt to its first frames {first['first_frames_seconds'][-1]:.2f} s"
   )
-  with replacing(OUT.value) as part:
-    part.write_text("".join(json.dumps(record) + "\n" for record in records))
+  write_records(OUT.value, records)
 
 
 if __name__ == "__main__":

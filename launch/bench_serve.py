@@ -9,14 +9,12 @@ process. With an empty io.checkpoint weights are random, and prompts are read as
 JSON record a line and prints a table: `over` is a block's time over that of a bare session.
 """
 
-import json
-
 from absl import flags
 
 from longlive_jax.build import Pipeline, enable_compile_cache
 from longlive_jax.config.load import define_config_flag, from_flags, run_main, without_files
-from longlive_jax.eval.bench import Record
-from longlive_jax.io.atomic import check_writable, replacing
+from longlive_jax.eval.bench import Record, check_some, write_records
+from longlive_jax.io.atomic import check_writable
 from longlive_jax.serve import bench
 from longlive_jax.serve.frames import FORMATS, Form
 
@@ -55,9 +53,7 @@ def main(argv: list[str]) -> None:
   del argv
   experiment = without_files(from_flags(CONFIG.value))
   form = Form(FORMAT.value, QUALITY.value)
-  for way in WAYS.value:
-    if way not in bench.WAYS:
-      raise ValueError(f"--ways has {way!r}; use some of {', '.join(bench.WAYS)}")
+  check_some("ways", WAYS.value, bench.WAYS)
   check_writable(OUT.value)
   enable_compile_cache(experiment)
   records: list[Record] = []
@@ -73,8 +69,7 @@ def main(argv: list[str]) -> None:
       print("way       median ms  frames/s   over  first frames s  model ms  encode ms")
     records.append(record)
     print(line(record), flush=True)
-  with replacing(OUT.value) as part:
-    part.write_text("".join(json.dumps(record) + "\n" for record in records))
+  write_records(OUT.value, records)
 
 
 if __name__ == "__main__":

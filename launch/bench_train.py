@@ -12,7 +12,6 @@ gradients. Writes one JSON record a line and prints a table. Weights are random.
 --parts=data instead reads files of `data.path` as a run does, and needs neither weights nor a GPU.
 """
 
-import json
 from collections.abc import Iterator
 
 from absl import flags
@@ -20,8 +19,8 @@ from absl import flags
 from longlive_jax.build import build_models, enable_compile_cache
 from longlive_jax.config import Experiment
 from longlive_jax.config.load import define_config_flag, from_flags, run_main
-from longlive_jax.eval.bench import Record
-from longlive_jax.io.atomic import check_writable, replacing
+from longlive_jax.eval.bench import Record, check_some, write_records
+from longlive_jax.io.atomic import check_writable
 from longlive_jax.parallel.mesh import mesh_of
 from longlive_jax.train import bench_data, bench_rank, bench_step
 
@@ -73,10 +72,8 @@ def main(argv: list[str]) -> None:
   del argv
   experiment = from_flags(CONFIG.value)
   parts = *bench_step.PARTS, bench_data.PART
-  for flag, known in ((PARTS, parts), (VARIANTS, tuple(bench_step.VARIANTS))):
-    for value in flag.value:
-      if value not in known:
-        raise ValueError(f"--{flag.name} has {value!r}; use some of {', '.join(known)}")
+  check_some("parts", PARTS.value, parts)
+  check_some("variants", VARIANTS.value, tuple(bench_step.VARIANTS))
   check_writable(OUT.value)
   enable_compile_cache(experiment)
   print(
@@ -87,8 +84,7 @@ def main(argv: list[str]) -> None:
   for record in records_of(experiment):
     records.append(record)
     print(line(record), flush=True)
-  with replacing(OUT.value) as part:
-    part.write_text("".join(json.dumps(record) + "\n" for record in records))
+  write_records(OUT.value, records)
 
 
 if __name__ == "__main__":

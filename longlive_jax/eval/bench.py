@@ -9,21 +9,36 @@ float32 that are not timed.
 import dataclasses
 import functools
 import importlib.metadata
+import json
 import re
 import subprocess
 import time
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 
+from longlive_jax.io.atomic import replacing
 from longlive_jax.kernels.timing import alternated_seconds
 from longlive_jax.types import Array, PyTree
 
 PACKAGES = ("jax", "jaxlib", "jax-cuda13-plugin")
 Record = dict[str, Any]
+
+
+def check_some(flag: str, values: Sequence[str], known: Sequence[str]) -> None:
+  """Raises ValueError, which names the flag, unless all values are known."""
+  for value in values:
+    if value not in known:
+      raise ValueError(f"--{flag} has {value!r}; use some of {', '.join(known)}")
+
+
+def write_records(path: str | Path, records: Sequence[Record]) -> None:
+  """Writes records, one JSON a line; the file appears when it is complete."""
+  with replacing(path) as part:
+    part.write_text("".join(json.dumps(record) + "\n" for record in records))
 
 
 def compiled(
