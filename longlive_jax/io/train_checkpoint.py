@@ -4,7 +4,6 @@ Leaves are stored under their dotted names ("params.layers.ffn.up"), so any pytr
 stored form does not depend on its classes. Random keys are stored as their data.
 """
 
-import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
@@ -18,11 +17,11 @@ from orbax.checkpoint import v1 as ocp
 from longlive_jax.checks import suggest
 from longlive_jax.io.atomic import check_kind, remove
 from longlive_jax.io.leaves import flat, path_name
+from longlive_jax.io.left_behind import ignore_never_awaited, watch_closed_loops
 from longlive_jax.io.processes import is_first, of_all, wait_for_all
 from longlive_jax.types import PyTree
 
 BESIDE = "beside."  # before the names of arrays that are kept beside the state
-LEFT_BEHIND = "coroutine '.*' was never awaited"
 UNREADABLE = (ValueError, OSError, KeyError)  # what Orbax raises for damaged files
 
 
@@ -214,11 +213,11 @@ class TrainCheckpointer:
     return dict(self._checkpointer.metadata(step).custom_metadata or {})
 
   def _load(self, step: int, wanted: dict[str, Any]) -> dict[str, Any]:
+    watch_closed_loops()
     try:
       return self._checkpointer.load(step, wanted)
     except UNREADABLE as error:
-      # Orbax leaves coroutines behind, which the collector of garbage would warn of some time later
-      warnings.filterwarnings("ignore", LEFT_BEHIND, RuntimeWarning)
+      ignore_never_awaited()
       raise DamagedError(
         f"checkpoint '{self.folder / str(step)}' is damaged: it cannot be read;"
         " remove it to go on from the one before"

@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import NamedTuple
 
 import jax
@@ -24,6 +25,7 @@ from longlive_jax.io.checkpoint import (
   save_params,
 )
 from longlive_jax.io.leaves import disk_groups, disk_places, flat, nested
+from longlive_jax.io.left_behind import without_closed_loops
 
 
 def weights(layers: int = 3) -> dict:
@@ -331,6 +333,15 @@ def test_nothing_is_set_aside_if_all_arrays_are_truncated(tmp_path):
   ):
     checkpointer.restore_latest(noise(0))
   assert steps_of(tmp_path) == ["1", "2", "3"]
+
+
+def test_reads_left_behind_print_nothing_and_other_errors_do():
+  printed: list[object] = []
+  hook = without_closed_loops(lambda unraisable: printed.append(unraisable.exc_value))
+  other = [RuntimeError("Event loop is open"), ValueError("Event loop is closed")]
+  for error in (*other, RuntimeError("Event loop is closed")):
+    hook(SimpleNamespace(exc_value=error))
+  assert printed == other
 
 
 @pytest.mark.parametrize("text", ["", '{"custom_meta', "{}", None])
