@@ -20,7 +20,7 @@ from longlive_jax.model.text import declare_text, frozen_params
 from longlive_jax.model.tokenizer import load_tokenizer
 from longlive_jax.model.vae import declare_vae
 from longlive_jax.parallel.mesh import sampling_mesh
-from longlive_jax.parallel.parked import parked
+from longlive_jax.parallel.parked import in_pieces, parked
 from longlive_jax.parallel.rules import RULES, WHOLE, Rule, shardings_of
 from longlive_jax.parallel.share import shared_ops
 from longlive_jax.quant.fp8_attention import fp8_attention
@@ -152,7 +152,8 @@ def build_models(
     cast = jax.jit(lambda tree: jax.tree.map(lambda a: a.astype(dtype), tree), donate_argnums=0)
     params["text"] = cast(params["text"])
   if experiment.model.text.parked:  # before there is anything else in memory
-    params["text"] = parked(params["text"])
+    park = in_pieces if narrow else parked
+    params["text"] = park(params["text"])
   params |= make({name: networks[name] for name in ("dit", "vae")})
   return Models(
     experiment=experiment,

@@ -53,6 +53,10 @@ class Network:
     """Returns the module with these parameters, callable inside a traced function."""
     return nnx.merge(self.graph, params)
 
+  def bind_part(self, params: PyTree) -> Any:
+    """The module with some of its parameters, by their first names; it must not use the others."""
+    return self.bind({**self.abstract, **params})
+
 
 def declare(build: Callable[[nnx.Rngs], nnx.Module]) -> Network:
   """Splits the module that `build` makes, without allocating its parameters."""

@@ -115,23 +115,31 @@ class TextEncoder(nnx.Module):
     Returns:
       `[B, L, E]` in `dtype`.
     """
-    hidden = self.hidden(ids, mask, dtype)
-    x = self.norm(hidden[-1])
-    if zero_padding and mask is not None:
-      x = jnp.where(mask[..., None] > 0, x, 0)
-    return x
+    return self.end(self.run(self.begin(ids, dtype), mask)[0], mask, zero_padding)
 
   def hidden(self, ids: Array, mask: Array | None, dtype: str = "float32") -> Array:
     """Output of every layer, `[layers, B, L, E]`, before the last norm."""
-    x = self.embedding[...][ids].astype(dtype)
-    buckets = relative_buckets(ids.shape[1], self.buckets, self.max_distance)
+    return self.run(self.begin(ids, dtype), mask)[1]
+
+  def begin(self, ids: Array, dtype: str) -> Array:
+    """What the first layer takes, `[B, L, E]` in `dtype`."""
+    return self.embedding[...][ids].astype(dtype)
+
+  def run(self, x: Array, mask: Array | None) -> tuple[Array, Array]:
+    """Output of the last layer, and of every layer."""
+    buckets = relative_buckets(x.shape[1], self.buckets, self.max_distance)
     graph, state = nnx.split(self.layers)
 
     def body(x: Array, params: Any) -> tuple[Array, Array]:
       x = nnx.merge(graph, params)(x, buckets, mask)
       return x, x
 
-    return jax.lax.scan(body, x, state)[1]
+    return jax.lax.scan(body, x, state)
+
+  def end(self, x: Array, mask: Array | None, zero_padding: bool = True) -> Array:
+    """What the encoder returns, of the output of the last layer."""
+    x = self.norm(x)
+    return jnp.where(mask[..., None] > 0, x, 0) if zero_padding and mask is not None else x
 
 
 def bucket_of(distance: int, buckets: int, max_distance: int) -> int:

@@ -10,9 +10,7 @@ Noise is keyed by (seed, index of the script, block): the same script gives the 
 whatever else is in its batch.
 """
 
-import collections
 import dataclasses
-import functools
 import itertools
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -27,17 +25,14 @@ from longlive_jax.model import solvers
 from longlive_jax.model.module import Network
 from longlive_jax.model.ops import REFERENCE, Ops
 from longlive_jax.model.tokenizer import Tokenizer
-from longlive_jax.parallel.parked import at_hand
-from longlive_jax.parallel.rules import home_of
 from longlive_jax.sample.block import Denoiser, Texts
 from longlive_jax.sample.compiled import Compiled, Keys
 from longlive_jax.sample.decoder import Decoder, encode_frames
+from longlive_jax.sample.embed import Embedder
 from longlive_jax.sample.latents import block_noise, block_shape, split_blocks, watched
 from longlive_jax.sample.rollout import Engine
 from longlive_jax.sample.together import together
 from longlive_jax.types import Array, PyTree
-
-PROMPTS_KEPT = 64  # embeddings of the last prompts stay in memory
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,13 +61,17 @@ class Sampler:
 
   Args:
     models: networks and parameters.
+
+  Attributes:
+    embed: embeddings of prompts.
   """
 
   def __init__(self, models: Models):
     self.models = models
     self.experiment = models.experiment
     self._compiled: dict[int, Compiled] = {}
-    self._embeddings: collections.OrderedDict[str, np.ndarray] = collections.OrderedDict()
+    text = self.experiment.model.text
+    self.embed = Embedder(text, models.text, models.params["text"], models.tokenizer)
 
   def prepare(self, batch: int = 1) -> Compiled:
     """Compiles everything that videos of this batch size need; a second call is free."""
@@ -87,7 +86,7 @@ class Sampler:
           "decoder": lambda: Decoder(
             models.vae, models.params["vae"], shape, sample.decode_latents
           ),
-          "text": lambda: self._encode_text,
+          "text": self.embed.compile,
         }
       )
       engine, decoder = made["engine"], made["decoder"]
@@ -98,33 +97,6 @@ class Sampler:
       finite = jax.jit(lambda x: jnp.isfinite(x).all()).lower(engine.latents).compile()
       self._compiled[batch] = Compiled(engine, decoder, noise, finite)
     return self._compiled[batch]
-
-  @functools.cached_property
-  def _encode_text(self) -> Any:
-    """The compiled text encoder, one prompt at a time."""
-    text = self.experiment.model.text
-    ids = jax.ShapeDtypeStruct((1, text.length), jnp.int32)
-
-    def encode(params: PyTree, ids: Array, mask: Array) -> Array:
-      return self.models.text.bind(params)(ids, mask, dtype=text.dtype).astype(jnp.float32)
-
-    params = at_hand(self.models.params["text"])
-    return jax.jit(encode, out_shardings=home_of(params)).lower(params, ids, ids).compile()
-
-  def embed(self, prompt: str) -> np.ndarray:
-    """Embedding `[L, E_text]` float32 of a prompt; the last few are remembered.
-
-    Raises:
-      ValueError: the prompt has more tokens than `model.text.length`.
-    """
-    if prompt not in self._embeddings:
-      ids, mask = self.models.tokenizer([prompt])
-      out = self._encode_text(at_hand(self.models.params["text"]), ids, mask)
-      self._embeddings[prompt] = np.asarray(out)[0]
-      while len(self._embeddings) > PROMPTS_KEPT:
-        self._embeddings.popitem(last=False)
-    self._embeddings.move_to_end(prompt)
-    return self._embeddings[prompt]
 
   def generate(self, script: Script, **options: Any) -> np.ndarray:
     """The whole video of a script, uint8 `[T, H, W, 3]`; options as for `stream`."""

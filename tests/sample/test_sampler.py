@@ -9,6 +9,7 @@ import pytest
 
 from longlive_jax.data.prompts import Script, Shot
 from longlive_jax.model.vae import to_uint8
+from longlive_jax.sample import embed
 from longlive_jax.sample import sampler as module
 from longlive_jax.sample.latents import block_noise
 from longlive_jax.sample.sampler import Sampler
@@ -202,11 +203,11 @@ def test_guidance_and_the_negative_prompt():
 def test_embeddings_are_those_of_the_encoder_and_only_the_last_are_kept(
   sampler: Sampler, monkeypatch: pytest.MonkeyPatch
 ):
-  monkeypatch.setattr(module, "PROMPTS_KEPT", 3)
+  monkeypatch.setattr(embed, "PROMPTS_KEPT", 3)
   names = [f"prompt {i}" for i in range(5)]
   for name in (*names, names[3], "last"):
     np.testing.assert_allclose(sampler.embed(name), embedded(sampler, [name])[0], atol=1e-6)
-  assert list(sampler._embeddings) == [names[4], names[3], "last"]
+  assert list(sampler.embed._kept) == [names[4], names[3], "last"]
 
 
 def test_a_prompt_can_be_embedded_before_anything_is_prepared(sampler: Sampler):
