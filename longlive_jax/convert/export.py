@@ -156,7 +156,8 @@ def foreign_tensors(
   """The tensors of a network by their foreign names."""
   rank = next((s.shape[-1] for n, s in leaves.items() if n.endswith("/a")), 0)
   form = form_of(experiment, network, dialect, rank if network == "lora" else 0)
-  packed = packed_tensors(leaves, form.rows, form.shape, experiment.quant.weights)
+  quant = experiment.quant
+  packed = packed_tensors(leaves, form.rows, form.shape, quant.weights, quant.weight_blocks)
   rest = {n: s for n, s in leaves.items() if n not in CONSTANTS and not is_part(n, leaves)}
   rows = [row for row in form.rows if f"{row.place}/{PARTS[0]}" not in leaves]
   return in_rows(form, exported(rows, rest) | packed)

@@ -24,7 +24,7 @@ from longlive_jax.convert.keys_lora import HALVES, lora_rows, lora_shapes, rank_
 from longlive_jax.convert.keys_text import TWINS, text_rows
 from longlive_jax.convert.keys_vae import vae_rows
 from longlive_jax.convert.leaves import PARTS, Leaves
-from longlive_jax.convert.packed import is_packed, rule_of, take_packed
+from longlive_jax.convert.packed import blocks_of, is_packed, rule_of, take_packed
 from longlive_jax.convert.sources import Source
 from longlive_jax.convert.stored import Stored
 from longlive_jax.convert.torch_import import Row, imported, our_shape
@@ -160,7 +160,9 @@ def network_leaves(
     packed, chosen = {}, ""
     if is_packed(tensors):
       chosen = rule_of(source.notes, rule)
-      packed, rows, tensors = take_packed(rows, tensors, form.shape, chosen)
+      packed, rows, tensors = take_packed(
+        rows, tensors, form.shape, chosen, blocks_of(source.notes)
+      )
     leaves = imported(rows, tensors, form.abstract)
   except ValueError as error:
     likely = likely_form(experiment, tensors) if network != "lora" else None

@@ -79,6 +79,7 @@ def take_packed(
   tensors: Mapping[str, Stored],
   shapes: Callable[[Row], tuple[int, ...]],
   rule: str,
+  blocks: str = ROW_BLOCKS,
 ) -> tuple[Leaves, list[Row], dict[str, Stored]]:
   """Separates quantised layers from the rest.
 
@@ -87,6 +88,7 @@ def take_packed(
     tensors: foreign key -> tensor.
     shapes: our shape of a row's tensor.
     rule: scale rule of the quantised layers.
+    blocks: theirs, "1x16" or "16x16".
 
   Returns:
     (leaves of quantised layers, the other rows, the other tensors).
@@ -103,13 +105,18 @@ def take_packed(
     if layer not in layers:
       raise ValueError(f"'{key}' belongs to no linear layer{suggest(layer, layers)}")
     parts = {name: rest.pop(f"{layer}.{name}", None) for name in (VALUES, SCALES, AMAX, SIZES)}
-    leaves |= unpacked(layer, layers[layer].place, parts, shapes(layers[layer]), rule)
+    leaves |= unpacked(layer, layers[layer].place, parts, shapes(layers[layer]), rule, blocks)
     taken.add(layers[layer].key)
   return leaves, [row for row in rows if row.key not in taken], rest
 
 
 def unpacked(
-  layer: str, place: str, parts: Mapping[str, Stored | None], kernel: tuple[int, ...], rule: str
+  layer: str,
+  place: str,
+  parts: Mapping[str, Stored | None],
+  kernel: tuple[int, ...],
+  rule: str,
+  blocks: str = ROW_BLOCKS,
 ) -> Leaves:
   """The three leaves of a layer whose kernel is `[in, out]`."""
   columns, rows = kernel
@@ -136,16 +143,24 @@ def unpacked(
 
   def make() -> QTensor:
     codes, factors, largest = (jnp.asarray(part.read()) for part in (values, scales, amax))
-    return from_tiles(codes, factors, largest, rule=rule, shape=(rows, columns))
+    try:
+      return from_tiles(codes, factors, largest, rule=rule, shape=(rows, columns), blocks=blocks)
+    except ValueError as error:
+      raise ValueError(f"'{layer}.{SCALES}': {error}") from None
 
-  blocks = -(-columns // BLOCK)
-  shapes = ((rows, blocks * BLOCK // 2), (rows, blocks), ())
+  count = -(-columns // BLOCK)
+  tall = rows if blocks == ROW_BLOCKS else -(-rows // BLOCK)
+  shapes = ((rows, count * BLOCK // 2), (tall, count), ())
   like = map(jax.ShapeDtypeStruct, shapes, (jnp.uint8, jnp.float8_e4m3fn, jnp.float32))
   return packed_leaves(place, make, dict(zip(PARTS, like, strict=True)))
 
 
 def packed_tensors(
-  leaves: Leaves, rows: Sequence[Row], shapes: Callable[[Row], tuple[int, ...]], rule: str
+  leaves: Leaves,
+  rows: Sequence[Row],
+  shapes: Callable[[Row], tuple[int, ...]],
+  rule: str,
+  blocks: str = ROW_BLOCKS,
 ) -> dict[str, Stored]:
   """The four tensors of every quantised kernel, by foreign key; args as of `take_packed`."""
   tensors: dict[str, Stored] = {}
@@ -153,12 +168,16 @@ def packed_tensors(
     if f"{row.place}/{PARTS[0]}" not in leaves:
       continue
     parts = {part: leaves[f"{row.place}/{part}"] for part in PARTS}
-    tensors |= tiles_of(row.key.removesuffix(".weight"), parts, shapes(row), rule)
+    tensors |= tiles_of(row.key.removesuffix(".weight"), parts, shapes(row), rule, blocks)
   return tensors
 
 
 def tiles_of(
-  layer: str, parts: Mapping[str, Stored], kernel: tuple[int, ...], rule: str
+  layer: str,
+  parts: Mapping[str, Stored],
+  kernel: tuple[int, ...],
+  rule: str,
+  blocks: str = ROW_BLOCKS,
 ) -> dict[str, Stored]:
   """The tensors of one layer; rows and columns are padded to whole tiles when they are read."""
   columns, rows = kernel
@@ -169,7 +188,7 @@ def tiles_of(
     def read() -> np.ndarray:
       if which not in last:
         codes, scales, amax = (jnp.asarray(parts[name].read()) for name in PARTS)
-        made = to_tiles(QTensor(codes, scales, amax, rule))
+        made = to_tiles(QTensor(codes, scales, amax, rule, blocks))
         last.update(zip((VALUES, SCALES, AMAX), map(np.asarray, made), strict=True))
         last[AMAX] = last[AMAX].reshape(1)
       return last.pop(which)

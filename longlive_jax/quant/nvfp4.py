@@ -82,10 +82,6 @@ class Blocks:
     *lead, tall, rows, wide, each = blocked.shape
     return blocked.reshape(*lead, tall * rows, wide * each)[..., : self.shape[-2], :]
 
-  def scale_rows(self) -> Array:
-    """The scales as `[..., M, N' / 16]`."""
-    return self.as_rows(jnp.broadcast_to(self.scales, (*self.values.shape[:-1], 1)))
-
 
 def largest(x: Array, lead: int = 0) -> Array:
   """float32 `max |x|` over all axes but the first `lead`; 0 for an empty array."""
@@ -165,7 +161,7 @@ def quantise(
   blocks = quantise_blocks(x, spec, amax=amax, key=key, semantics=semantics)
   return QTensor(
     codes=pack(blocks.as_rows(blocks.codes)),
-    scales=blocks.scale_rows().astype(jnp.float8_e4m3fn),
+    scales=blocks.scales[..., 0, :, 0].astype(jnp.float8_e4m3fn),
     amax=blocks.amax,
     rule=spec.rule,
     blocks=SQUARE_BLOCKS if spec.two_d else ROW_BLOCKS,
@@ -200,9 +196,10 @@ def scale_free(q: QTensor) -> Array:
 
 def scale_free_values(q: QTensor) -> Array:
   """`scale_free` as float32."""
-  values = e2m1_decode(unpack(q.codes)).reshape(*q.scales.shape, BLOCK)
-  product = values * q.scales.astype(jnp.float32)[..., None]
-  return product.reshape(*q.scales.shape[:-1], -1)[..., : q.shape[-1]]
+  scales = q.row_scales
+  values = e2m1_decode(unpack(q.codes)).reshape(*scales.shape, BLOCK)
+  product = values * scales.astype(jnp.float32)[..., None]
+  return product.reshape(*scales.shape[:-1], -1)[..., : q.shape[-1]]
 
 
 def unit_of(q: QTensor) -> Array:

@@ -28,7 +28,7 @@ from longlive_jax.quant.nvfp4 import (
   unit_of,
 )
 from longlive_jax.quant.nvfp4 import prepared as turned
-from longlive_jax.quant.qtensor import QTensor
+from longlive_jax.quant.qtensor import ROW_BLOCKS, SQUARE_BLOCKS, QTensor
 from longlive_jax.quant.rules import find_rule
 from longlive_jax.types import Array
 
@@ -126,7 +126,7 @@ def pack(x: Array, spec: Spec) -> QTensor:
 
   codes = in_place(lambda number: part(number).codes, pieces, -1, amax)
   scales = in_place(lambda number: part(number).scales, pieces, -1, amax)
-  return QTensor(codes, scales, amax, spec.rule)
+  return QTensor(codes, scales, amax, spec.rule, SQUARE_BLOCKS if spec.two_d else ROW_BLOCKS)
 
 
 def from_packed(q: QTensor) -> Operand:

@@ -136,7 +136,8 @@ def quantise_params(params: PyTree, quant: Quant) -> PyTree:
   chosen = selected(linear_paths(params), quant.layers)
   spec = Spec(quant.weights, two_d=quant.weight_blocks == "16x16", exact=True)
   nvfp4 = functools.partial(quantise_weight, spec=spec)
-  quantise = jax.jit(fp8.quantise_weight if quant.linears == "fp8" else nvfp4)
+  one = fp8.quantise_weight if quant.linears == "fp8" else nvfp4
+  quantise = jax.jit(lambda w: jax.lax.map(one, w) if w.ndim > 2 else one(w))  # a layer at a time
 
   def replace(path: tuple[Any, ...], leaf: Weight) -> Weight:
     if is_quantised(leaf):

@@ -42,7 +42,8 @@ class QTensor:
 
   Attributes:
     codes: uint8 `[..., M, N' / 2]`, N' = N filled to whole blocks of 16; low nibble = even column.
-    scales: float8_e4m3fn `[..., M, N' / 16]`, row-major; repeated over the rows of 16x16 blocks.
+    scales: float8_e4m3fn `[..., M, N' / 16]`, row-major; of 16x16 blocks `[..., M / 16, N' / 16]`,
+      M / 16 rounded up.
     amax: float32, shape `[]` or that of some leading axes.
     rule: scale rule, gives C.
     blocks: "1x16", or "16x16" where 16 rows share a scale.
@@ -62,6 +63,13 @@ class QTensor:
     return (*self.codes.shape[:-1], 2 * self.codes.shape[-1] - self.padding)
 
   @property
+  def row_scales(self) -> Array:
+    """The scales as `[..., M, N' / 16]`, repeated over the rows of 16x16 blocks."""
+    if self.blocks == ROW_BLOCKS:
+      return self.scales
+    return jnp.repeat(self.scales, BLOCK, -2)[..., : self.codes.shape[-2], :]
+
+  @property
   def nbytes(self) -> int:
     """Bytes of the three arrays."""
     return self.codes.nbytes + self.scales.nbytes + self.amax.nbytes
@@ -77,8 +85,7 @@ def transposed(q: QTensor) -> QTensor:
   rows, columns = q.shape[-2:]
   check_divides("rows", rows, "block", BLOCK)
   codes = jnp.swapaxes(unpack(q.codes), -1, -2)[..., :columns, :]
-  scales = jnp.repeat(jnp.swapaxes(q.scales[..., ::BLOCK, :], -1, -2), BLOCK, -2)
-  return dataclasses.replace(q, codes=pack(codes), scales=scales[..., :columns, :], padding=0)
+  return dataclasses.replace(q, codes=pack(codes), scales=jnp.swapaxes(q.scales, -1, -2), padding=0)
 
 
 def to_tiles(q: QTensor) -> tuple[Array, Array, Array]:
@@ -87,11 +94,12 @@ def to_tiles(q: QTensor) -> tuple[Array, Array, Array]:
   Returns:
     (codes uint8 `[..., M_p, N_p / 2]`, scales float8_e4m3fn `[..., M_p * N_p / 16]`, amax).
   """
-  rows, blocks = q.scales.shape[-2:]
+  scales = q.row_scales
+  rows, blocks = scales.shape[-2:]
   more = ((0, 0),) * (q.codes.ndim - 2) + ((0, -rows % TILE_ROWS),)
   missing = -blocks % TILE_COLUMNS
   codes = jnp.pad(q.codes, (*more, (0, missing * BLOCK // 2)))
-  return codes, swizzle(jnp.pad(q.scales, (*more, (0, missing)))), q.amax
+  return codes, swizzle(jnp.pad(scales, (*more, (0, missing)))), q.amax
 
 
 def from_tiles(
@@ -114,7 +122,7 @@ def from_tiles(
     blocks: "1x16" or "16x16".
 
   Raises:
-    ValueError: shapes do not fit, or an unknown rule.
+    ValueError: shapes do not fit, an unknown rule, or scales that differ within a block.
   """
   find_rule(rule)
   check_choice("blocks", blocks, [ROW_BLOCKS, SQUARE_BLOCKS])
@@ -126,11 +134,25 @@ def from_tiles(
   scales = jnp.asarray(scales)
   if scales.dtype == jnp.uint8:
     scales = scales.view(jnp.float8_e4m3fn)
+  scales = unswizzle(scales, tile_rows, tile_count)[:rows, :count]
   return QTensor(
     codes=jnp.asarray(codes)[:rows, : count * BLOCK // 2],
-    scales=unswizzle(scales, tile_rows, tile_count)[:rows, :count],
+    scales=scales if blocks == ROW_BLOCKS else of_squares(scales),
     amax=jnp.asarray(amax, jnp.float32).reshape(()),
     rule=rule,
     blocks=blocks,
     padding=count * BLOCK - shape[1],
   )
+
+
+def of_squares(scales: Array) -> Array:
+  """Scales `[M, B]` that are the same in each 16 rows as `[M / 16, B]`.
+
+  Raises:
+    ValueError: they are not.
+  """
+  first = scales[::BLOCK]
+  wide, repeated = (a.astype(jnp.float32) for a in (scales, jnp.repeat(first, BLOCK, 0)))
+  if not jnp.array_equal(wide, repeated[: len(scales)], equal_nan=True):
+    raise ValueError(f"scales differ within blocks of {SQUARE_BLOCKS}")
+  return first

@@ -247,23 +247,22 @@ def test_adapters_of_two_ranks_are_refused(experiment, tmp_path):
 
 @pytest.mark.parametrize("rule", RULES)
 @pytest.mark.parametrize("shape", [(128, 64), (40, 48), (24, 40)])
-def test_packed_layers_dequantise_as_they_were_packed(rule, shape):
+@pytest.mark.parametrize("blocks", ["1x16", "16x16"])
+def test_packed_layers_dequantise_as_they_were_packed(rule, shape, blocks):
   """`shape` is [out, in]; tiles are filled up to 128 x 64."""
   rows, columns = shape
   weight = np.random.default_rng(1).normal(size=shape).astype(BF16)
-  q = quantise(jax.numpy.asarray(weight), Spec(rule, exact=True))
+  q = quantise(jax.numpy.asarray(weight), Spec(rule, two_d=blocks == "16x16", exact=True))
   parts = {n: Stored.of(np.asarray(getattr(q, n))) for n in ("codes", "scales", "amax")}
-  packed = tiles_of("P", parts, (columns, rows), rule)
+  packed = tiles_of("P", parts, (columns, rows), rule, blocks)
   tall, wide = padded(rows, columns)
   assert packed["P.quantized_weight_values"].shape == (tall, wide // 2)
   assert packed["P.quantized_weight_metadata"].read().tolist() == [rows, columns, tall, wide]
   named = {name.removeprefix("P."): stored for name, stored in packed.items()}
-  back = unpacked("P", "p/kernel", named, (columns, rows), rule)
-  again = QTensor(
-    *(jax.numpy.asarray(back[f"p/kernel/{n}"].read()) for n in ("codes", "scales", "amax")),
-    rule=rule,
-    padding=q.padding,
-  )
+  back = unpacked("P", "p/kernel", named, (columns, rows), rule, blocks)
+  read = {n: jax.numpy.asarray(back[f"p/kernel/{n}"].read()) for n in ("codes", "scales", "amax")}
+  assert all(read[n].shape == getattr(q, n).shape for n in read)
+  again = QTensor(**read, rule=rule, blocks=blocks, padding=q.padding)
   np.testing.assert_array_equal(
     np.asarray(dequantise(again, jax.numpy.float32, exact=True)),
     np.asarray(dequantise(q, jax.numpy.float32, exact=True)),
@@ -279,6 +278,16 @@ def test_packed_layers_dequantise_as_they_were_packed(rule, shape):
   scalar = {**named, "quantized_weight_amax": Stored.of(np.asarray(q.amax))}
   del scalar["quantized_weight_metadata"]
   assert unpacked("P", "p/kernel", scalar, (columns, rows), rule)["p/kernel/amax"].shape == ()
+
+
+def test_scales_that_differ_within_square_blocks_are_refused():
+  q = quantise(jax.random.normal(jax.random.key(0), (128, 64)), Spec(exact=True))  # blocks of 1x16
+  parts = {n: Stored.of(np.asarray(getattr(q, n))) for n in ("codes", "scales", "amax")}
+  packed = tiles_of("P", parts, (64, 128), "mse")
+  named = {name.removeprefix("P."): stored for name, stored in packed.items()}
+  leaf = unpacked("P", "p/kernel", named, (64, 128), "mse", "16x16")["p/kernel/codes"]
+  with pytest.raises(ValueError, match=r"'P.*scale_factors': scales differ within blocks of 16x16"):
+    leaf.read()
 
 
 @pytest.mark.parametrize(

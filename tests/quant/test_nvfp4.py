@@ -57,7 +57,7 @@ def draw(seed: int, *shape: int) -> np.ndarray:
 
 def same(q: QTensor, expected: tuple[np.ndarray, np.ndarray, np.float32]) -> None:
   np.testing.assert_array_equal(unpack(q.codes), expected[0])
-  np.testing.assert_array_equal(np.asarray(q.scales).astype(np.float32), expected[1])
+  np.testing.assert_array_equal(np.asarray(q.row_scales).astype(np.float32), expected[1])
   np.testing.assert_array_equal(q.amax, expected[2])
 
 
@@ -80,7 +80,7 @@ def test_exact_arithmetic_is_that_of_numpy_on_ragged_shapes(rule, two_d):
   x = draw(1, 20, 40)
   q = run(x, Spec(rule, two_d, exact=True))
   assert q.shape == (20, 40) and q.padding == 8
-  assert q.codes.shape == (20, 24) and q.scales.shape == (20, 3)
+  assert q.codes.shape == (20, 24) and q.scales.shape == (2 if two_d else 20, 3)
   same(q, naive.quantise(x, rule, two_d))
 
 
@@ -245,7 +245,8 @@ def test_dequantised_values_follow_the_formula(rule):
   m2, m4 = naive.TARGETS[rule]
   assert find_rule(rule).c == m2 * m4
   values = naive.decode(np.asarray(unpack(q.codes))).reshape(2, 16, 3, 16)
-  free = (values * np.asarray(q.scales).astype(np.float32)[..., None]).reshape(2, 16, 48)[..., :40]
+  scales = np.asarray(q.row_scales).astype(np.float32)
+  free = (values * scales[..., None]).reshape(2, 16, 48)[..., :40]
   amax = np.asarray(q.amax)[:, None, None]
   wide = free.astype(np.float64) * amax / (m2 * m4)
   np.testing.assert_allclose(dequantise(q, jnp.float32), wide, 2.5e-7, 0)

@@ -148,7 +148,7 @@ def test_weights_that_are_not_finite_are_refused(tmp_path, stacked):
 
 
 def test_a_training_state_with_quantised_weights_is_restored_onto_a_mesh(tmp_path):
-  q = run(jax.random.normal(jax.random.key(4), (32, 64)), Spec("static_6", two_d=True))
+  q = run(jax.random.normal(jax.random.key(4), (128, 64)), Spec("static_6", two_d=True))
   with TrainCheckpointer(tmp_path / "run", every=1, keep=1) as checkpointer:
     checkpointer.save(1, {"w": q})
     mesh = Mesh(np.array(jax.devices()), ("a",))
