@@ -72,6 +72,7 @@ def check(experiment: Experiment) -> None:
   check_quant(experiment.quant)
   check_quantised_cache(experiment)
   check_sample(experiment.sample, experiment.model.block_latents)
+  check_tiles(experiment.sample.decode_tiles, experiment.video.height)
   check_training(experiment)
   check_data(experiment)
   check_parallel(experiment)
@@ -263,4 +264,15 @@ def check_sample(sample: Sample, block: int) -> None:
       f" (sample.sink_latents={sample.sink_latents}), the pinned block ({pin}, by"
       f" sample.pin_shots={sample.pin_shots}) and the own block ({block}):"
       f" use at least {least}, or a smaller sink"
+    )
+
+
+def check_tiles(tiles: int, height: int) -> None:
+  """Strips of rows of the decoder: whole rows of latents."""
+  rows = height // VAE_SPACE
+  if rows % tiles:
+    works = [size for size in range(1, rows + 1) if rows % size == 0]
+    raise ValueError(
+      f"sample.decode_tiles={tiles} must divide the rows of latents, video.height / {VAE_SPACE}"
+      f" = {rows}; use one of {', '.join(map(str, works))}"
     )

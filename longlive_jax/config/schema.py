@@ -144,6 +144,7 @@ class Sample(Section):
     "auto"  # auto (plain weights on a GPU) | on | off: no copies, slow to compile
   )
   decode_latents: int = 0  # of a block, decoded at a time; fewer take less memory; 0 = all
+  decode_tiles: int = 1  # strips of rows, decoded one after the other; more take less memory
   cut_prefix: str = "The scene transitions. "  # text put before the first prompt of a new shot
   seed: int = 0
 

@@ -123,6 +123,7 @@ def sizes_of(experiment: Experiment) -> dict[str, Any]:
     "cache": quant.cache,
     "attention": model.attention,
     "decode_latents": sample.decode_latents,
+    "decode_tiles": sample.decode_tiles,
     "decoder_width": model.vae.decoder_width,
     "seq": experiment.parallel.seq,
     "height": experiment.video.height,

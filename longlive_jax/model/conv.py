@@ -93,7 +93,7 @@ def spatial_conv(
   return y.reshape(batch, frames, *y.shape[1:])
 
 
-def time_conv(x: Array, kernel: Array, form: str, stride: int = 1) -> Array:
+def time_conv(x: Array, kernel: Array, form: str, stride: int = 1, bordered: bool = False) -> Array:
   """Convolution over frames, rows and columns, without padding in time.
 
   Args:
@@ -101,14 +101,16 @@ def time_conv(x: Array, kernel: Array, form: str, stride: int = 1) -> Array:
     kernel: `[3, kh, kw, C, O]`; rows and columns are padded to keep their number.
     form: "conv2d" or "conv3d".
     stride: in time.
+    bordered: x has the rows beside those of the result, which are not padded.
 
   Returns:
-    `[B, T, H, W, O]` float32.
+    `[B, T, H, W, O]` float32; kh - 1 rows fewer where `bordered`.
 
   Source: spec/models.md section 5.3.
   """
   taps, rows, columns, size_in, size_out = kernel.shape
-  padding = ((rows // 2, rows // 2), (columns // 2, columns // 2))
+  edge = 0 if bordered else rows // 2
+  padding = ((edge, edge), (columns // 2, columns // 2))
   if form == "conv3d":
     return _conv(x, kernel, (stride, 1, 1), ((0, 0), *padding))
   reads = [slice(i, x.shape[1] - taps + i + 1, stride) for i in range(taps)]  # frames of a tap
@@ -146,16 +148,19 @@ class SpatialConv(nnx.Module):
     y = spatial_conv(x, self.kernel[...], 2, ((0, 1), (0, 1)))
     return (y + self.bias[...]).astype(x.dtype)
 
-  def double(self, x: Array) -> Array:
+  def double(self, x: Array, bordered: bool = False) -> Array:
     """Repeats every pixel 2x2, then convolves: `[B, T, H, W, C] -> [B, T, 2H, 2W, C]`.
 
     The three rows that an output row reads are copies of two input rows, so the kernel folds into
     four kernels of 2x2, one for each parity of (row, column): 4/9 of the work, and the repeated
-    frames never exist.
+    frames never exist. Where `bordered`, x has one more row above and below, instead of zeros.
     """
-    batch, frames, height, width, size = x.shape
+    batch, frames, _, width, size = x.shape
+    edge = 0 if bordered else 1
     kernel = _fold(_fold(self.kernel[...], 0), 1).reshape(2, 2, size, 4 * size)
-    y = spatial_conv(x, kernel).reshape(batch, frames, height + 1, width + 1, 2, 2, size)
+    y = spatial_conv(x, kernel, padding=((edge, edge), (1, 1)))
+    height = y.shape[2] - 1
+    y = y.reshape(batch, frames, height + 1, width + 1, 2, 2, size)
     rows = [
       jnp.stack([y[:, :, q : q + height, r : r + width, q, r] for r in range(2)], 4)
       for q in range(2)
@@ -213,6 +218,14 @@ class CausalConv(nnx.Module):
       frames = jnp.concatenate([state, x], 1)
       y = time_conv(frames, kernel, self.form)
     return (y + self.bias[...]).astype(x.dtype), frames[:, -HISTORY:]
+
+  def inside(self, frames: Array) -> Array:
+    """Convolves frames that have their history and the rows beside them.
+
+    `[B, 2 + T, 1 + H + 1, W, C] -> [B, T, H, W, O]`.
+    """
+    y = time_conv(frames, self.kernel[...], self.form, bordered=True)
+    return (y + self.bias[...]).astype(frames.dtype)
 
   def halve(self, x: Array, state: Array) -> tuple[Array, Array]:
     """Convolves every second frame: `[B, 2T, H, W, C] -> [B, T, H, W, O]`.

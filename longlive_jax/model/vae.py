@@ -8,6 +8,7 @@ channel, `(mu - mean) / std`, in float32.
 Source: spec/models.md section 5.
 """
 
+import functools
 from collections.abc import Callable
 
 import jax
@@ -150,9 +151,9 @@ class Vae(nnx.Module):
     y, state = self.encoder(patchify(video.astype(self.dtype)), state)
     return self.to_moments(y).astype(summed(y.dtype)), state
 
-  def _decode(self, raw: Array, state: State | None) -> tuple[Array, State]:
+  def _decode(self, raw: Array, state: State | None, tiles: int) -> tuple[Array, State]:
     """Frames float32 of the next raw latents."""
-    y, state = self.decoder(self.from_latent(raw.astype(self.dtype)), state)
+    y, state = self.decoder(self.from_latent(raw.astype(self.dtype)), state, tiles)
     return unpatchify(y).astype(jnp.float32), state
 
   def _latents_per_step(self, batch: int, height: int, width: int, wanted: int | None) -> int:
@@ -201,16 +202,22 @@ class Vae(nnx.Module):
     return self.normalise(self.moments(video, latents_per_step)[0])
 
   def _decode_raw(
-    self, raw: Array, state: State | None, latents_per_step: int | None
+    self, raw: Array, state: State | None, latents_per_step: int | None, tiles: int = 1
   ) -> tuple[Array, State]:
     check_shape("latents", raw.shape, (None, None, None, None, self.cfg.latent_channels))
     check_at_least("number of latents", raw.shape[1], 1)
     batch, _, rows, columns, _ = raw.shape
+    check_divides("rows of latents", rows, "tiles", tiles)
     size = self._latents_per_step(batch, SPACE * rows, SPACE * columns, latents_per_step)
-    return _in_pieces(self._decode, raw, state, size)
+    step = functools.partial(self._decode, tiles=tiles)
+    return _in_pieces(step, raw, state, size)
 
   def decode_next(
-    self, latents: Array, state: State | None, latents_per_step: int | None = None
+    self,
+    latents: Array,
+    state: State | None,
+    latents_per_step: int | None = None,
+    tiles: int = 1,
   ) -> tuple[Array, State]:
     """Decodes the next latents.
 
@@ -218,14 +225,16 @@ class Vae(nnx.Module):
       latents: `[B, F, h, w, C]` normalised.
       state: of the latents before; None at the start.
       latents_per_step: as for `encode_next`.
+      tiles: strips of rows, a divisor of h, that later latents are computed in, one after the
+        other; they too bound memory and change nothing else.
 
     Returns:
       (video `[B, T, H, W, 3]` float32, not clamped, with T = 4F, 4F - 3 at the start; state).
 
     Raises:
-      ValueError: no latents, or another number of channels.
+      ValueError: no latents, another number of channels, or rows that `tiles` does not divide.
     """
-    return self._decode_raw(self.denormalise(latents), state, latents_per_step)
+    return self._decode_raw(self.denormalise(latents), state, latents_per_step, tiles)
 
   def decode_raw(self, raw: Array, latents_per_step: int | None = None) -> Array:
     """Video of a clip of latents that are not normalised, as the means of `moments`."""

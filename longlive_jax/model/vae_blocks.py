@@ -4,9 +4,12 @@ Every part maps `(x, state) -> (x, state)`. The state of a part is a nested tupl
 convolutions carry, in the order in which they run; a part without memory has the empty tuple. None
 instead of a state means the start of a video: one frame (or latent), nothing before it.
 
+The large parts of the decoder compute all but the start in `tiles` strips of rows.
+
 Source: spec/models.md sections 5.3 to 5.7.
 """
 
+import functools
 import itertools
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -24,6 +27,7 @@ from longlive_jax.model.conv import (
   SpatialConv,
   summed,
 )
+from longlive_jax.model.tiles import Strip, by_strips, convolved
 from longlive_jax.types import Array
 
 State = Any  # nested tuple of arrays
@@ -54,12 +58,15 @@ class Residual(nnx.Module):
     self.conv2 = CausalConv(size_out, size_out, form, rngs)
     self.shortcut = Pointwise(size_in, size_out, rngs) if size_in != size_out else None
 
-  def __call__(self, x: Array, state: State | None) -> tuple[Array, State]:
+  def __call__(self, x: Array, state: State | None, tiles: int = 1) -> tuple[Array, State]:
+    def skip(strip: Strip | None) -> Array:
+      part = x if strip is None else strip.rows(x)
+      return part if self.shortcut is None else self.shortcut(part)
+
     first, second = _split(state, 2)
-    y, first = self.conv1(jax.nn.silu(self.norm1(x)), first)
-    y, second = self.conv2(jax.nn.silu(self.norm2(y)), second)
-    skip = x if self.shortcut is None else self.shortcut(x)
-    return skip + y, (first, second)
+    y, first = convolved(self.norm1, self.conv1, x, first, tiles)
+    y, second = convolved(self.norm2, self.conv2, y, second, tiles, skip)
+    return y, (first, second)
 
 
 def residuals(sizes: Pair, count: int, form: str, rngs: nnx.Rngs) -> list[Residual]:
@@ -103,7 +110,7 @@ class Downsample(nnx.Module):
 
 
 class Upsample(nnx.Module):
-  """Doubles frames where `temporal`, then rows and columns.
+  """Doubles frames where `temporal`, with `frames`, then rows and columns, with `spatial.double`.
 
   The first latent is not doubled and the temporal convolution never sees it.
   """
@@ -112,15 +119,15 @@ class Upsample(nnx.Module):
     self.spatial = SpatialConv(size, rngs)
     self.temporal = CausalConv(size, 2 * size, form, rngs, extent=1) if temporal else None
 
-  def __call__(self, x: Array, state: State | None) -> tuple[Array, State]:
+  def frames(self, x: Array, state: State | None) -> tuple[Array, State]:
     batch, frames, height, width, size = x.shape
     if self.temporal is None:
-      return self.spatial.double(x), ()
+      return x, ()
     if state is None:
-      return self.spatial.double(x), jnp.zeros((batch, HISTORY, height, width, size), x.dtype)
+      return x, jnp.zeros((batch, HISTORY, height, width, size), x.dtype)
     x, state = self.temporal(x, state)
     x = x.reshape(batch, frames, height, width, 2, size).transpose(0, 1, 4, 2, 3, 5)
-    return self.spatial.double(x.reshape(batch, 2 * frames, height, width, size)), state
+    return x.reshape(batch, 2 * frames, height, width, size), state
 
 
 def average_down(x: Array, size_out: int, time: int, space: int) -> Array:
@@ -194,7 +201,7 @@ class EncoderStage(nnx.Module):
 class DecoderStage(nnx.Module):
   """Residual blocks; where rows and columns grow, `Upsample` and the duplicating shortcut.
 
-  Arguments of `EncoderStage`; here the factors are those of growth.
+  Arguments of `EncoderStage`; here the factors are those of growth. `tiles` are strips of rows.
   """
 
   def __init__(self, sizes: Pair, count: int, factors: Pair, form: str, rngs: nnx.Rngs):
@@ -203,11 +210,20 @@ class DecoderStage(nnx.Module):
     time, space = factors
     self.resample = Upsample(self.size, time == 2, form, rngs) if space == 2 else None
 
-  def __call__(self, x: Array, state: State | None) -> tuple[Array, State]:
+  def __call__(self, x: Array, state: State | None, tiles: int = 1) -> tuple[Array, State]:
+    blocks = [functools.partial(block, tiles=tiles) for block in self.blocks]
     if self.resample is None:
-      return run(self.blocks, x, state)
-    y, after = run([*self.blocks, self.resample], x, state)
-    return y + duplicate_up(x, self.size, *self.factors, first=state is None), after
+      return run(blocks, x, state)
+    y, after = run([*blocks, self.resample.frames], x, state)
+    double, up = self.resample.spatial.double, (self.size, *self.factors)
+    if tiles == 1 or state is None:
+      return double(y) + duplicate_up(x, *up, first=state is None), after
+
+    def compute(strip: Strip, _: None) -> tuple[Array, None]:
+      part = double(strip.bordered(y), bordered=True)
+      return part + duplicate_up(strip.rows(x), *up, first=False), None
+
+    return by_strips(compute, x, tiles, None)[0], after
 
 
 class Middle(nnx.Module):
@@ -226,8 +242,8 @@ class Head(nnx.Module):
     self.norm = ChannelNorm(size_in)
     self.conv = CausalConv(size_in, size_out, form, rngs)
 
-  def __call__(self, x: Array, state: State | None) -> tuple[Array, State]:
-    return self.conv(jax.nn.silu(self.norm(x)), state)
+  def __call__(self, x: Array, state: State | None, tiles: int = 1) -> tuple[Array, State]:
+    return convolved(self.norm, self.conv, x, state, tiles)
 
 
 class Encoder(nnx.Module):
@@ -267,10 +283,12 @@ class Decoder(nnx.Module):
     )
     self.head = Head(sizes[-1], 12, form, rngs)
 
-  def parts(self) -> list[Part]:
+  def parts(self, tiles: int = 1) -> list[Part]:
     """The parts in the order in which they run."""
     middle = self.middle
-    return [self.conv_in, middle.before, middle.attention, middle.after, *self.stages, self.head]
+    small, *large = *self.stages, self.head
+    large = [functools.partial(part, tiles=tiles) for part in large]
+    return [self.conv_in, middle.before, middle.attention, middle.after, small, *large]
 
-  def __call__(self, x: Array, state: State | None) -> tuple[Array, State]:
-    return run(self.parts(), x, state)
+  def __call__(self, x: Array, state: State | None, tiles: int = 1) -> tuple[Array, State]:
+    return run(self.parts(tiles), x, state)

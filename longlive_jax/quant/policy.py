@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import jax
+from jax.experimental.layout import Layout, with_layout_constraint
 
 from longlive_jax.config import Quant
 from longlive_jax.kernels.matmul_choice import use_kernels
@@ -137,7 +138,11 @@ def quantise_params(params: PyTree, quant: Quant) -> PyTree:
   spec = Spec(quant.weights, two_d=quant.weight_blocks == "16x16", exact=True)
   nvfp4 = functools.partial(quantise_weight, spec=spec)
   one = fp8.quantise_weight if quant.linears == "fp8" else nvfp4
-  quantise = jax.jit(lambda w: jax.lax.map(one, w) if w.ndim > 2 else one(w))  # a layer at a time
+
+  @jax.jit
+  def quantise(w: Array) -> QTensor | Rows:  # a layer at a time, as it lies
+    keep = Layout(major_to_minor=(0, 1))
+    return jax.lax.map(lambda a: one(with_layout_constraint(a, keep)), w) if w.ndim > 2 else one(w)
 
   def replace(path: tuple[Any, ...], leaf: Weight) -> Weight:
     if is_quantised(leaf):

@@ -26,6 +26,11 @@ class Decoder:
     params: its parameters.
     block_shape: `(B, F, H, W, C)` of a block's latents.
     latents_per_call: decoded at a time, a divisor of F; 0 = F. Fewer take less memory.
+    tiles: strips of rows that a call computes one after the other, a divisor of H. More take less
+      memory.
+
+  Raises:
+    ValueError: several tiles, and devices that share the rows.
 
   Attributes:
     state: shapes and placement of the carried state.
@@ -41,11 +46,17 @@ class Decoder:
     params: PyTree,
     block_shape: tuple[int, ...],
     latents_per_call: int = 0,
+    tiles: int = 1,
   ):
     self.network, self.params, self.block_shape = network, params, block_shape
     self.size = size = latents_per_call or block_shape[1]
     home = home_of(params)
     rows = split_rows(home, block_shape[2])
+    if tiles > 1 and rows is not home:
+      raise ValueError(
+        f"sample.decode_tiles={tiles} is for one device, and here several share the rows of a"
+        " video: use sample.decode_tiles=1 or parallel.seq=1"
+      )
     shown = fetched(rows, home)
     latents = jax.ShapeDtypeStruct(block_shape, jnp.float32, sharding=home)
     start = jax.ShapeDtypeStruct((), jnp.int32)
@@ -53,7 +64,7 @@ class Decoder:
     def decode(params: PyTree, latents: Array, start: Array, state: Any) -> tuple[Array, Any]:
       latents = jax.lax.dynamic_slice_in_dim(latents, start, size, 1)
       latents = jax.lax.with_sharding_constraint(latents, rows)
-      video, state = network.bind(params).decode_next(latents, state)
+      video, state = network.bind(params).decode_next(latents, state, tiles=tiles)
       return to_uint8(video), state
 
     step = jax.jit(decode, donate_argnums=3, out_shardings=(shown, rows))

@@ -84,7 +84,7 @@ class Sampler:
         {
           "engine": lambda: Engine(denoiser, self.experiment, models.params["dit"], batch),
           "decoder": lambda: Decoder(
-            models.vae, models.params["vae"], shape, sample.decode_latents
+            *(models.vae, models.params["vae"], shape), sample.decode_latents, sample.decode_tiles
           ),
           "text": self.embed.compile,
         }

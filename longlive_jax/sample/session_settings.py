@@ -21,6 +21,7 @@ FREE = (
   "quant.kernels",
   "sample.unroll_layers",
   "sample.decode_latents",
+  "sample.decode_tiles",
   "sample.seed",
 )
 NAMED = 3  # differing settings that an error names

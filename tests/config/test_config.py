@@ -26,6 +26,9 @@ CONFIGS = (
   "configs/wan5b_distill.py:2steps,nvfp4_training,i2v",
   "configs/wan5b_sample.py",
   "configs/wan5b_sample.py:base",
+  "configs/wan5b_sample.py:2steps,fp8",
+  "configs/wan5b_sample.py:2steps,nvfp4",
+  "configs/wan5b_sample.py:low_memory",
   "configs/wan5b_train.py",
   "configs/wan5b_train.py:nvfp4_training,i2v",
 )
@@ -37,6 +40,7 @@ def at_root(root: Path, monkeypatch: pytest.MonkeyPatch):
 
 
 BASE: dict[str, object] = {  # what the lines below speak of
+  "video.height": 96,
   "model.width": 256,
   "model.heads": 4,
   "model.block_latents": 8,
@@ -114,6 +118,7 @@ WRONG = {
   "sample__window_latents": (20, "window_latents=20 must be .*block_latents=8; use 16 or 24"),
   "sample__sink_latents": (4, "sample.sink_latents=4 must be .* model.block_latents=8"),
   "sample__decode_latents": (3, "=3 must divide model.block_latents=8; use 0 .* 1, 2, 4, 8"),
+  "sample__decode_tiles": (4, "=4 must divide .*, video.height / 16 = 6; use one of 1, 2, 3, 6"),
   "sample__seed": (-1, "sample.seed=-1 must be at least 0"),
   "sample__t_scale": (0.0, "sample.t_scale=0.0 must be more than 0"),
   "sample__pin_shots": (1, "sample.pin_shots=1 must be of type bool, not int"),

@@ -7,8 +7,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import NamedSharding, PartitionSpec
 
 from longlive_jax.model.vae import declare_vae, from_uint8
+from longlive_jax.parallel.mesh import make_mesh
 from longlive_jax.sample.decoder import Decoder, encode_frames
 from tests.model.small_vae import SMALL, drawn, jit
 
@@ -101,6 +103,22 @@ def test_a_new_video_starts_from_nothing(made, latents):
   first, state = made[0].decode(latents[:, :2], None)
   made[0].decode(latents[:, 2:4], state)
   np.testing.assert_array_equal(made[0].decode(latents[:, :2], None)[0], first)
+
+
+def test_strips_of_rows_give_the_same_frames(made, network, params, latents):
+  decoder, states = Decoder(network, params, BLOCK, 1, tiles=2), [None, None]
+  for start in (0, 2, 4):
+    block = latents[:, start : start + 2]
+    ours, states[0] = decoder.decode(block, states[0])
+    whole, states[1] = made[0].decode(block, states[1])
+    assert np.abs(np.asarray(ours, np.int32) - np.asarray(whole, np.int32)).max() <= 1
+
+
+def test_strips_of_rows_that_devices_share_are_refused(network, params):
+  mesh = make_mesh(1, seq=2, devices=jax.devices()[:2])
+  params = jax.device_put(params, NamedSharding(mesh, PartitionSpec()))
+  with pytest.raises(ValueError, match="sample.decode_tiles=2 is for one device.*parallel.seq=1"):
+    Decoder(network, params, BLOCK, tiles=2)
 
 
 def test_nan_latents_give_black_frames(made, latents):
