@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import jax
@@ -124,6 +124,7 @@ def build_models(
   narrow: bool = False,
   shared: bool = False,
   plain: bool = False,
+  park: Callable[[PyTree], PyTree] = parked,
 ) -> Models:
   """Networks with parameters from `io.checkpoint`, or fresh ones when it is empty.
 
@@ -135,6 +136,7 @@ def build_models(
     shared: the mesh is of a sampler whose devices share each block: parameters are whole on all,
       and the operations are those of `shared_ops`.
     plain: the operations quantise nothing, whatever `quant` says.
+    park: what moves the text encoder to host memory where `model.text.parked`.
 
   Raises:
     FileNotFoundError: no such checkpoint or tokenizer.
@@ -152,7 +154,6 @@ def build_models(
     cast = jax.jit(lambda tree: jax.tree.map(lambda a: a.astype(dtype), tree), donate_argnums=0)
     params["text"] = cast(params["text"])
   if experiment.model.text.parked:  # before there is anything else in memory
-    park = in_pieces if narrow else parked
     params["text"] = park(params["text"])
   params |= make({name: networks[name] for name in ("dit", "vae")})
   return Models(
@@ -218,7 +219,7 @@ class Pipeline(Sampler):
     """
     shared = mesh is None and experiment.parallel.seq > 1
     mesh, adapters = sampling_mesh(experiment) if shared else mesh, find_adapters(experiment)
-    models = build_models(experiment, mesh, narrow=True, shared=shared)
+    models = build_models(experiment, mesh, narrow=True, shared=shared, park=in_pieces)
     dit, network = with_adapters(adapters, models.dit, models.params["dit"], mesh), models.dit
     dit = quantise_params(dit, experiment.quant)
     if unrolls(experiment):

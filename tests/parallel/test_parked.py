@@ -7,8 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from longlive_jax.build import Pipeline
+from longlive_jax.build import Pipeline, build_models
 from longlive_jax.config.load import load_config
+from longlive_jax.model.text import declare_text
 from longlive_jax.parallel.mesh import make_mesh, replicate
 from longlive_jax.parallel.parked import DEVICE, HOST, at_hand, in_pieces, parked
 from longlive_jax.sample.sampler import Sampler
@@ -88,3 +89,12 @@ def test_a_sampler_takes_parked_parameters_that_are_whole(root):
   models, there = pipeline.models, parked(pipeline.models.params["text"])
   sampler = Sampler(dataclasses.replace(models, params={**models.params, "text": there}))
   np.testing.assert_array_equal(sampler.embed(PROMPT), pipeline.embed(PROMPT))
+
+
+def test_training_parks_the_encoder_whole(root):
+  changes = {"io.checkpoint": "", "model.text.parked": True}
+  experiment = load_config(root / "configs/tiny.py", OVERRIDES | changes)
+  text = build_models(experiment, narrow=True).params["text"]
+  assert kinds(text) == {HOST}
+  declared = declare_text(experiment.model.text).abstract
+  assert jax.tree.structure(text) == jax.tree.structure(declared)
