@@ -56,6 +56,11 @@ def any_order(residual: Array, error: str) -> Array:
   return jnp.sum(each, (-3, -1), keepdims=True)
 
 
+def nothing(x: Array) -> Array:
+  """Zeros in place of finite x. Those of `zeros_like` are made, and kept, before a scan."""
+  return x - x
+
+
 @dataclasses.dataclass(frozen=True)
 class Semantics:
   """How an element is rounded and how an error is summed.
@@ -69,7 +74,7 @@ class Semantics:
 
   element: Callable[[Array, Array | None], tuple[Array, Array]] = saturating
   total: Callable[[Array, str], Array] = in_order
-  without_scale: Callable[[Array], Array] = jnp.zeros_like
+  without_scale: Callable[[Array], Array] = nothing
   noise: Callable[[Array, tuple[int, ...]], tuple[Array, Array]] = uniform_noise
 
 
