@@ -128,19 +128,31 @@ def main(argv: list[str]) -> None:
     Path(STATE_DIR.value) if STATE_DIR.value else None,
     ENCODERS.value,
   )
-  lock = take_folder(setup.state_dir) if setup.state_dir else None
-  listening = listen(HOST.value, PORT.value)
-  python_logging.getLogger("python_multipart").setLevel(python_logging.ERROR)
-  enable_compile_cache(experiment)
-  signal.signal(signal.SIGTERM, lambda *_: None)  # uvicorn raises it again when all is done
-  address, port = listening.getsockname()[:2]
-  name = f"[{address}]" if ":" in address else address
-  server = Server(dataclasses.replace(setup, url=f"http://{name}:{port}"))
-  server.serve_on(listening)
-  if not server.service.built:  # the thread that compiles would be waited for
-    sys.stdout.flush()
-    os._exit(0)
-  del lock
+  with listen(HOST.value, PORT.value) as listening:  # before anything is made on disk
+    lock = take_folder(setup.state_dir) if setup.state_dir else None
+    python_logging.getLogger("python_multipart").setLevel(python_logging.ERROR)
+    enable_compile_cache(experiment)
+    signal.signal(signal.SIGTERM, lambda *_: None)  # uvicorn raises it again when all is done
+    address, port = listening.getsockname()[:2]
+    name = f"[{address}]" if ":" in address else address
+    server = Server(dataclasses.replace(setup, url=f"http://{name}:{port}"))
+    try:
+      server.serve_on(listening)
+    except KeyboardInterrupt:
+      if server.service.built:
+        raise
+      sys.stderr.write("interrupted\n")
+      leave(130)
+    if not server.service.built:
+      leave(0)
+    del lock
+
+
+def leave(code: int) -> None:
+  """Ends the process at once; the thread that compiles would be waited for."""
+  sys.stdout.flush()
+  sys.stderr.flush()
+  os._exit(code)
 
 
 if __name__ == "__main__":

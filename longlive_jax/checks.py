@@ -1,6 +1,7 @@
 """The only builders of error text: what was found, what is required, which setting fixes it."""
 
 import difflib
+import math
 from collections.abc import Iterable, Sequence
 
 
@@ -48,7 +49,9 @@ def check_choice(name: str, value: str, choices: Iterable[str]) -> None:
 
 
 def check_at_least(name: str, value: float, least: float) -> None:
-  """Raises ValueError unless `value` >= `least`."""
+  """Raises ValueError unless `value` is a finite number >= `least`."""
+  if value == math.inf:
+    raise ValueError(f"{name}={value} must be a finite number, at least {least}")
   if not value >= least:
     raise ValueError(f"{name}={value} must be at least {least}")
 

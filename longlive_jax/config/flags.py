@@ -92,7 +92,10 @@ def run_main(
   signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
 
   def parse(argv: Sequence[str]) -> list[str]:
-    return one_line_errors(lambda: parse_flags(list(argv), default_config, arguments))
+    try:
+      return one_line_errors(lambda: parse_flags(list(argv), default_config, arguments))
+    except SystemExit as end:
+      sys.exit(0 if end.code == 1 else end.code)  # 1 is absl's after the text of --help
 
   tidy_output()
   app.run(lambda argv: one_line_errors(lambda: main(argv)), flags_parser=parse)

@@ -4,8 +4,14 @@ import contextlib
 import errno
 import os
 import shutil
+import time
 from collections.abc import Iterator
 from pathlib import Path
+
+from absl import logging
+
+PAUSES = (0.02, 0.05, 0.1, 0.2, 0.4)  # seconds between tries to remove what is still written to
+MOVING = (errno.ENOTEMPTY, errno.EEXIST, errno.ENOENT)  # what such a try says
 
 
 def check_writable(path: str | Path, *, folder: bool = False) -> None:
@@ -65,7 +71,7 @@ def replacing(path: str | Path) -> Iterator[Path]:
       old = path.with_name(f".{path.name}.old-{os.getpid()}")
       path.rename(old)
       partial.rename(path)
-      remove(old)
+      discard(old)
     else:
       os.replace(partial, path)
   except OSError as error:
@@ -74,7 +80,7 @@ def replacing(path: str | Path) -> Iterator[Path]:
     name = str(error.filename or path).replace(str(partial), str(path))
     raise OSError(error.errno, error.strerror, name) from error
   finally:
-    remove(partial)
+    discard(partial)
 
 
 def partial_name(path: str | Path, owner: int) -> Path:
@@ -84,8 +90,27 @@ def partial_name(path: str | Path, owner: int) -> Path:
 
 
 def remove(path: Path) -> None:
-  """Removes a file or a folder if it exists."""
-  if path.is_dir() and not path.is_symlink():
-    shutil.rmtree(path)
-  else:
-    path.unlink(missing_ok=True)
+  """Removes a file or a folder if it exists; tries for a moment if others still write there.
+
+  Raises:
+    OSError: it cannot be removed.
+  """
+  for pause in (*PAUSES, None):
+    try:
+      if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+      else:
+        path.unlink(missing_ok=True)
+      return
+    except OSError as error:
+      if pause is None or error.errno not in MOVING:
+        raise
+      time.sleep(pause)
+
+
+def discard(path: Path) -> None:
+  """Removes what is of no use; if that cannot be, a line in the log says so, and no error."""
+  try:
+    remove(path)
+  except OSError as error:
+    logging.warning("'%s' cannot be removed: %s", path, error.strerror or error)

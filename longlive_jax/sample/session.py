@@ -199,8 +199,8 @@ class Session:
     newest, oldest = self.block, self._oldest
     if not isinstance(block, int | np.integer) or not oldest <= block <= newest:
       raise ValueError(
-        f"the session cannot go back to block {block}: the oldest that it can go back to is"
-        f" {oldest} of {newest}; keep={self.keep} says how many are kept"
+        f"the session cannot go back to block {block}: the oldest that will do is {oldest} of"
+        f" {newest}; keep={self.keep} (--rewind_blocks of launch.serve) says how many are kept"
       )
     if block == newest:
       return

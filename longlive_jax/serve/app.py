@@ -1,5 +1,6 @@
 """The ASGI application: guard, endpoints, the page, and the life of the service."""
 
+import asyncio
 import contextlib
 from collections.abc import AsyncIterator, Callable, Mapping
 
@@ -14,7 +15,7 @@ from starlette.staticfiles import StaticFiles
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from starlette.websockets import WebSocket
 
-from longlive_jax.serve.answers import refusal
+from longlive_jax.serve.answers import internal_error, refusal
 from longlive_jax.serve.errors import Refused
 from longlive_jax.serve.realtime import realtime
 from longlive_jax.serve.routes import ROUTES
@@ -22,6 +23,7 @@ from longlive_jax.serve.security import ALWAYS, SAFE_METHODS, Access, bearer
 from longlive_jax.serve.service import Service, Setup
 
 OWNED = ("/v1/", "/metrics")  # paths that need a token
+REALTIME = "/v1/realtime"
 
 
 class Guard:
@@ -46,6 +48,8 @@ class Guard:
       self.access.check_host(headers)
       if scope["type"] == "websocket" or scope["method"] not in SAFE_METHODS:
         self.access.check_origin(headers)
+      if scope["type"] == "websocket" and scope["path"] != REALTIME:
+        raise Refused(404, "not_found", f"WebSockets are served at {REALTIME}")
       owned = scope["type"] == "http" and scope["path"].startswith(OWNED)
       scope.setdefault("state", {})["owner"] = self.access.owner(bearer(headers)) if owned else ""
     except Refused as error:
@@ -80,10 +84,15 @@ def with_headers(send: Send, scope: Scope) -> Send:
 async def http_error(request: Request, error: Exception) -> Response:
   """Errors of routing in the form of all others."""
   status = error.status_code if isinstance(error, HTTPException) else 500
-  code = {404: "not_found", 405: "bad_method"}.get(status, "bad_request")
+  codes = {404: "not_found", 405: "bad_method", 416: "bad_range"}
   text = error.detail if isinstance(error, HTTPException) else ""
   headers: Mapping[str, str] | None = getattr(error, "headers", None)
-  return refusal(Refused(status, code, text), headers)
+  return refusal(Refused(status, codes.get(status, "bad_request"), text), headers)
+
+
+async def unexpected_error(request: Request, error: Exception) -> Response:
+  """An error of ours, which uvicorn logs; the guard is passed by, so its headers are added here."""
+  return refusal(internal_error(), {**ALWAYS, "cache-control": "no-store", "connection": "close"})
 
 
 def make_app(setup: Setup, ended: Callable[[], object] = lambda: None) -> Starlette:
@@ -101,16 +110,17 @@ def make_app(setup: Setup, ended: Callable[[], object] = lambda: None) -> Starle
   async def lifespan(app: Starlette) -> AsyncIterator[None]:
     app.state.service = service = Service(setup, ended)
     service.start()
-    yield
+    with contextlib.suppress(asyncio.CancelledError):  # a second SIGINT
+      yield
     await service.stop()
 
   return Starlette(
     routes=[
       *ROUTES,
-      WebSocketRoute("/v1/realtime", realtime),
+      WebSocketRoute(REALTIME, realtime),
       Mount("/", StaticFiles(directory=setup.page, html=True)),
     ],
     middleware=[Middleware(Guard, access=setup.access)],
-    exception_handlers={HTTPException: http_error},
+    exception_handlers={HTTPException: http_error, Exception: unexpected_error},
     lifespan=lifespan,
   )

@@ -16,6 +16,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from absl import logging
 from websockets.sync.client import connect
 
 from longlive_jax.data.prompts import Script
@@ -144,6 +145,7 @@ def measure(
   """
   keep, passes = server["rewind_blocks"], {way: [] for way in ways}
   facts, backend = Facts.of(sampler.experiment), SamplerBackend(sampler, keep)
+  logging.info("compiling")
   backend.warm_up()
   with serving(backend, facts, server["form"], server["encoders"]) as url:
     for number in range(rounds + 1):
@@ -156,6 +158,8 @@ def measure(
           done = by_session(sampler, script, keep)
         else:
           done = by_api(url, script, facts)
+        said = f"round {number} of {rounds}" if number else "warm-up"
+        logging.info("%s: %s, %d blocks in %.1f s", said, way, len(done.ends), done.ends[-1])
         if number:
           passes[way].append(done)
   medians = {way: float(np.median(steady(done, blocks))) for way, done in passes.items()}

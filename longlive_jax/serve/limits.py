@@ -31,7 +31,8 @@ class Limits:
     park_seconds: idle time after which a session leaves the accelerator.
     disk_seconds: idle time after which it leaves memory, if there is a state folder.
     resume_seconds: how long a session outlives its connection.
-    patience_seconds: for a request's headers, its body, the first message of a WebSocket.
+    patience_seconds: for the first message of a WebSocket; six times as long for the body of a
+      request. For headers it is `protocol.HEADER_SECONDS`.
   """
 
   sessions: int = 8
@@ -55,7 +56,10 @@ class Limits:
   def __post_init__(self) -> None:
     for field in dataclasses.fields(self):
       least = LEAST.get(field.name, 1)
-      check_at_least(f"--{field.name}", getattr(self, field.name), least)
+      value = getattr(self, field.name)
+      check_at_least(f"--{field.name}", value, least)
+      if value > MOST:
+        raise ValueError(f"--{field.name}={value} must be at most {MOST:g}")
 
   @property
   def websockets(self) -> int:
@@ -64,6 +68,7 @@ class Limits:
 
 
 SPARE_CONNECTIONS = 8
+MOST = 1e12  # of any limit: what is computed from it stays finite
 LEAST: dict[str, float] = {
   "resident_sessions": 0,
   "rewind_blocks": 0,

@@ -232,7 +232,7 @@ class Live:
     """Goes back, so that `block` is the next one.
 
     Raises:
-      Refused: 400, there is no such block.
+      Refused: 400, there is no such block, or it is too long ago.
     """
     if not 0 <= block <= self.card.made:
       message = f"block={block} must be from 0 to {self.card.made}"
@@ -247,9 +247,11 @@ class Live:
       first = self.shared.facts.first_frame(block)
       self._event("rewound", id=number, block=block, first_frame=first)
 
-    await self._call(lambda: self.hosted.rewind(block), noted)
+    await self._call(lambda: self.hosted.rewind(block), noted, "bad_block")
 
-  async def _call[T](self, work: Callable[[], T], noted: Callable[[T], None]) -> None:
+  async def _call[T](
+    self, work: Callable[[], T], noted: Callable[[T], None], code: str = "bad_request"
+  ) -> None:
     """Calls the model; a refusal of its session is one to the client, other errors end it."""
     future = self.shared.engine.submit(work)
     future.add_done_callback(lambda f: None if f.exception() else noted(f.result()))
@@ -257,7 +259,7 @@ class Live:
     self.touch()
     error = future.exception()
     if isinstance(error, ValueError):
-      raise Refused(400, "bad_request", model_error(error)) from error
+      raise Refused(400, code, model_error(error)) from error
     if error:
       self._over(self, error)
       raise Refused(500, "model_failed", model_error(error)) from error

@@ -95,6 +95,18 @@ class WebSocketProtocol(WebSocketsSansIOProtocol):
     if message["type"] == "websocket.http.response.body" and not message.get("more_body"):
       self.handshake_complete = True
 
+  def send_receive_event_to_app(self) -> None:
+    """A whole message; text that is no UTF-8 ends the connection, and is no error of ours."""
+    if self.curr_msg_data_type == "text" and not self.close_sent:
+      try:
+        b"".join(self.frames).decode()
+      except UnicodeDecodeError:
+        self.frames = []
+        self.conn.send_close(1007, "text must be UTF-8")
+        self.handle_parser_exception()
+        return
+    super().send_receive_event_to_app()
+
   def handle_parser_exception(self) -> None:
     """Says why the connection ends.
 

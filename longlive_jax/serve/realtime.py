@@ -14,7 +14,7 @@ from collections.abc import Awaitable, Callable
 import numpy as np
 from starlette.websockets import WebSocket, WebSocketDisconnect
 
-from longlive_jax.serve.answers import refusal
+from longlive_jax.serve.answers import internal_error, refusal
 from longlive_jax.serve.errors import Refused
 from longlive_jax.serve.limits import Rate
 from longlive_jax.serve.live import Live
@@ -87,6 +87,9 @@ class Connection:
     try:
       await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
       if reader.done() and not sender.done():  # what is still to be said
+        if reader.cancelled() or reader.exception():  # raised below, and so in the log
+          self._tell(failed := internal_error(), None)
+          self.outbox.close(1011, failed.code)
         self.outbox.close(1000, "")
         await asyncio.wait([sender], timeout=LAST_WORDS_SECONDS)
     finally:
@@ -170,13 +173,15 @@ class Connection:
     if self.owner is None:
       self.owner = self.service.access.owner(message.text("token"))
     self.service.check_open()
+    position = message.whole("position")
+    if position is not None and position < 0:
+      raise Refused(400, "bad_position", f"position={position} must be at least 0", "position")
     if message.kind == "start":
       live = await self._start(message, self.owner)
     else:
       live = await self.service.sessions.resume(self.owner, message.text("id"))
     self.live = live
     live.attach(self.outbox)
-    position = message.whole("position")
     if position is not None:
       live.played(min(position, live.reel.sent), back=False)
 

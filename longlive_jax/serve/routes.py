@@ -6,8 +6,15 @@ import functools
 from collections.abc import Awaitable, Callable
 
 import numpy as np
+from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
-from starlette.responses import FileResponse, PlainTextResponse, Response
+from starlette.responses import (
+  FileResponse,
+  MalformedRangeHeader,
+  PlainTextResponse,
+  RangeNotSatisfiable,
+  Response,
+)
 from starlette.routing import Route
 
 from longlive_jax.serve.answers import Json, refusal
@@ -97,7 +104,7 @@ async def list_videos(service: Service, request: Request) -> Response:
   if order == "asc":
     videos.reverse()
   text = query.get("limit", str(DEFAULT_LIMIT))
-  if not (text.isascii() and text.isdigit() and 1 <= int(text[:9]) <= MOST_LIMIT):
+  if not (text.isascii() and text.isdigit() and len(text) <= 9 and 1 <= int(text) <= MOST_LIMIT):
     raise Refused(400, "bad_request", f"limit must be from 1 to {MOST_LIMIT}", "limit")
   if after is not None:
     found = service.videos.find(owner_of(request), after)
@@ -120,6 +127,21 @@ async def get_video(service: Service, request: Request) -> Response:
   return Json(video_tree(video, service.shared.facts.name))
 
 
+class Content(FileResponse):
+  """A file; a `Range` that makes no sense is ignored, as RFC 9110 allows."""
+
+  @classmethod
+  def _parse_range_header(cls, http_range: str, file_size: int) -> list[tuple[int, int]]:
+    try:
+      return super()._parse_range_header(http_range, file_size)
+    except MalformedRangeHeader:
+      return []
+    except RangeNotSatisfiable as error:
+      headers = {"content-range": f"bytes */{file_size}"}
+      message = f"the file has {file_size} bytes, and none of those asked for"
+      raise HTTPException(416, message, headers) from error
+
+
 @endpoint
 async def get_content(service: Service, request: Request) -> Response:
   """`GET /v1/videos/{id}/content`: the .mp4, or parts of it."""
@@ -127,7 +149,7 @@ async def get_content(service: Service, request: Request) -> Response:
   path = service.videos.files.content(video.id)
   if video.status != "completed" or not path.is_file():
     raise Refused(409, "not_ready", f"the video is {video.status}")
-  return FileResponse(
+  return Content(
     path,
     media_type="video/mp4",
     filename=f"{video.id}.mp4",

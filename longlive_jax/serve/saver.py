@@ -8,19 +8,22 @@ memory holds one copy at most; and nothing else is done to the files of a sessio
 
 import asyncio
 import dataclasses
+import math
+import time
 from collections.abc import Callable, Mapping
 
 from absl import logging
 
 from longlive_jax.serve.card import Card
 from longlive_jax.serve.contract import Backend, Session
-from longlive_jax.serve.errors import Refused
-from longlive_jax.serve.hosted import Copied
+from longlive_jax.serve.errors import Damaged, Refused, Seldom, log_failure, not_removed
+from longlive_jax.serve.hosted import Copied, Make
 from longlive_jax.serve.live import Live
 from longlive_jax.serve.shared import Shared
 from longlive_jax.serve.shelf import Shelf
 
 Saving = asyncio.Task[int]
+RETRY_SECONDS = 10.0  # until what could not be removed is tried again
 
 
 class Saver:
@@ -31,6 +34,9 @@ class Saver:
     shared: of the server.
     backend: gives the model once it is ready.
     live: the live sessions by their ids.
+
+  Attributes:
+    unwanted: sessions that are unknown already, and whose files could not be removed yet.
   """
 
   def __init__(
@@ -42,7 +48,9 @@ class Saver:
   ):
     self.shelf = shelf
     self._shared, self._backend, self._live = shared, backend, live
-    self._one = asyncio.Lock()
+    self.unwanted: set[str] = set()
+    self._failed_at: dict[str, float] = {}  # when sessions could not be removed
+    self._one, self._seldom = asyncio.Lock(), Seldom()
     self._tasks: dict[Saving, str] = {}  # what is being saved, and of which session
 
   async def begin(self, live: Live, *, keep: bool, leave: bool) -> Saving:
@@ -109,23 +117,62 @@ class Saver:
       await asyncio.wait([writing])
       error = writing.exception()
       if not error and leave:
-        load = self._loading(card.id)
+        load = self.loading(card.id)
         leaving = await self._shared.engine.attempt(lambda: live.hosted.leave(load, copy.uses))
         error = leaving.exception()
     if error:
-      logging.error("session %s cannot be saved", card.id, exc_info=error)
+      log_failure(f"session {card.id} cannot be saved", error)
     return not error
 
-  def _loading(self, session: str) -> Callable[[], Session]:
+  def loading(self, session: str) -> Make:
+    """What brings a session back, in the model's thread; it raises `Damaged`."""
     backend = self._backend()
-    return lambda: backend.load(self.shelf.state(session))
+
+    def load() -> Session:
+      path = self.shelf.state(session)
+      try:
+        return backend.load(path)
+      except (OSError, ValueError, KeyError, TypeError) as error:
+        raise Damaged("the saved session is damaged, or of another model") from error
+
+    return load
 
   async def settled(self, session: str | None = None) -> None:
     """Waits until this session, or none at all, is being saved."""
     while found := [task for task, name in self._tasks.items() if session in (None, name)]:
       await asyncio.wait(found)
 
-  async def remove(self, session: str) -> None:
-    """Removes a session from disk, also one that is being saved."""
-    await self.settled(session)
-    await asyncio.to_thread(self.shelf.remove, session)
+  async def remove(self, session: str, *, unwanted: bool = False) -> None:
+    """Removes a session from disk, also one that is being saved; it is unknown from now on.
+
+    Args:
+      session: its id.
+      unwanted: whether it stays unknown, and among the `unwanted`, if it cannot be removed.
+
+    Raises:
+      Refused: 507, it cannot be removed, as the log says.
+    """
+    self.shelf.hide(session)
+    try:
+      await self.settled(session)
+      await asyncio.to_thread(self.shelf.remove, session)
+    except OSError as error:
+      self._failed_at[session] = time.monotonic()
+      if unwanted:
+        self.unwanted.add(session)
+      self._seldom.tell(f"the files of session {session} cannot be removed", error)
+      raise not_removed("session") from error
+    else:
+      self.unwanted.discard(session)
+      self._failed_at.pop(session, None)
+    finally:
+      if session not in self.unwanted:
+        self.shelf.show(session)
+
+  def useless(self) -> list[str]:
+    """Sessions to be removed: the unwanted, and the oldest if there are too many.
+
+    None of those in use, or that could not be removed a moment ago.
+    """
+    found, since = [*self.unwanted, *self.shelf.surplus(list(self._live))], time.monotonic()
+    return [s for s in found if since - self._failed_at.get(s, -math.inf) >= RETRY_SECONDS]

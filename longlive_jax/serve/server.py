@@ -13,7 +13,7 @@ from absl import logging
 from longlive_jax.io.atomic import check_writable
 from longlive_jax.serve.app import make_app
 from longlive_jax.serve.protocol import uvicorn_config
-from longlive_jax.serve.service import Service, Setup
+from longlive_jax.serve.service import SESSIONS, VIDEOS, Service, Setup
 
 
 def is_loopback(host: str) -> bool:
@@ -69,11 +69,14 @@ def take_folder(folder: Path) -> object:
   """Makes a state folder and keeps other servers out of it while the result lives.
 
   Raises:
-    OSError: it cannot be written.
+    OSError: it or a folder in it cannot be written or read.
     ValueError: another server uses it.
   """
-  check_writable(folder, folder=True)
-  folder.mkdir(parents=True, exist_ok=True)
+  for part in (folder, folder / SESSIONS, folder / VIDEOS):
+    check_writable(part, folder=True)
+    part.mkdir(parents=True, exist_ok=True)
+    check_writable(part / "new")
+    next(part.iterdir(), None)
   check_writable(folder / "lock")
   lock = (folder / "lock").open("w")
   try:

@@ -28,6 +28,7 @@ from longlive_jax.serve.video_files import VideoFiles
 from longlive_jax.serve.videos import Videos
 
 TEND_SECONDS = 1.0
+SESSIONS, VIDEOS = "sessions", "videos"  # folders below the state folder
 
 
 def told(task: asyncio.Task[None]) -> None:
@@ -87,9 +88,9 @@ class Service:
       made = tempfile.TemporaryDirectory(prefix="longlive-", ignore_cleanup_errors=True)
       folder = Path(self._own_folder.enter_context(made))
     limits = setup.limits
-    shelf = Shelf(folder / "sessions", limits.saved_sessions) if setup.state_dir else None
+    shelf = Shelf(folder / SESSIONS, limits.saved_sessions) if setup.state_dir else None
     self.sessions = Sessions(self.shared, shelf, self.backend, lambda: self._memory)
-    self.videos = Videos(self.shared, VideoFiles(folder / "videos"), self.backend)
+    self.videos = Videos(self.shared, VideoFiles(folder / VIDEOS), self.backend)
     self._model: Backend | None = None
     self.failure: BaseException | None = None
     self.websockets, self._memory, self._stopping = 0, 0, False
@@ -161,7 +162,10 @@ class Service:
       await asyncio.sleep(TEND_SECONDS)
       if self._model is not None:
         measured = await self.engine.attempt(self._model.memory)
-        self._memory = measured.result()
+        if error := measured.exception():
+          self.sessions.seldom.tell("the memory in use cannot be measured", error)
+        else:
+          self._memory = measured.result()
         await tend(self.sessions)
       if freed != self.shared.residents.freed:
         freed = self.shared.residents.freed

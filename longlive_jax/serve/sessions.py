@@ -11,11 +11,10 @@ import time
 from collections.abc import Callable, Iterator
 
 import numpy as np
-from absl import logging
 
 from longlive_jax.serve.card import Card
 from longlive_jax.serve.contract import Backend
-from longlive_jax.serve.errors import Refused, model_error
+from longlive_jax.serve.errors import Refused, Seldom, log_failure, model_error
 from longlive_jax.serve.hosted import Hosted
 from longlive_jax.serve.live import Live
 from longlive_jax.serve.saver import Saver, Saving
@@ -34,6 +33,9 @@ class Sessions:
     shelf: sessions on disk; None: none are saved.
     backend: gives the model once it is ready.
     memory: bytes in use.
+
+  Attributes:
+    seldom: tells what goes wrong again and again.
   """
 
   def __init__(
@@ -47,7 +49,7 @@ class Sessions:
     self._backend, self._memory = backend, memory
     self.live: dict[str, Live] = {}
     self.saver = Saver(shelf, shared, backend, self.live) if shelf else None
-    self._stopping = False
+    self._stopping, self.seldom = False, Seldom()
     self._tasks: set[asyncio.Task[None]] = set()
 
   async def start(
@@ -64,6 +66,7 @@ class Sessions:
     hosted = Hosted(lambda: backend.new(seed, image), self.shared.residents)
     with self._entered(card, hosted) as live:
       await live.push(prompt, "keep", None)
+      self._check_there(live)
       live.start()
     return live
 
@@ -80,6 +83,11 @@ class Sessions:
     finally:
       if not well:
         self.finish(live, "failed", remove=remove)
+
+  def _check_there(self, live: Live) -> None:
+    """Raises Refused: 404 or 503, a session has been ended before it could begin."""
+    if self.live.get(live.card.id) is not live:
+      raise Refused(503, "stopping", "the server stops") if self._stopping else unknown(SESSION_ID)
 
   async def _make_room(self, owner: str) -> None:
     """Lets sessions without a connection give way, first of all the owner's own."""
@@ -115,22 +123,23 @@ class Sessions:
     """
     if isinstance(found := self.find(owner, session), Live):
       return found
-    saver, backend = self.saver, self._backend()
+    saver = self.saver
     if saver is None:
       raise unknown(SESSION_ID)
-    shelf = saver.shelf
     await saver.settled(session)
     await self._make_room(owner)
     if isinstance(found := self.find(owner, session), Live):  # somebody else was faster
       return found
     card = dataclasses.replace(found)
-    hosted = Hosted(lambda: backend.load(shelf.state(session)), self.shared.residents)
+    hosted = Hosted(saver.loading(session), self.shared.residents)
     with self._entered(card, hosted, remove=False) as live:
       loading = await self.shared.engine.attempt(hosted.wake)
-      reading = asyncio.get_running_loop().run_in_executor(None, shelf.frames, session)
+      reading = asyncio.get_running_loop().run_in_executor(None, saver.shelf.frames, session)
       await asyncio.wait([reading])
-      if error := loading.exception() or reading.exception():
-        logging.error("session %s cannot be resumed", session, exc_info=error)
+      errors = [loading.exception(), reading.exception()]
+      self._check_there(live)
+      if error := next(filter(None, errors), None):
+        log_failure(f"session {session} cannot be resumed", error)
         raise Refused(409, "not_resumable", model_error(error)) from error
       live.reel.restore(reading.result())
       live.start()
@@ -160,6 +169,7 @@ class Sessions:
       card.rewind(made, first)
       card.position = child.reel.position = child.reel.sent = first
       child.gone_at = time.monotonic()
+      self._check_there(child)
       child.start()
     return child
 
@@ -167,13 +177,14 @@ class Sessions:
     """Ends and frees a session of this owner, and removes it from disk.
 
     Raises:
-      Refused: 404.
+      Refused: 404; 507, its files cannot be removed: what was saved stays.
     """
     found = self.find(owner, session)
     if isinstance(found, Live):
       found.card.keep = False
       if freed := self.finish(found, "deleted"):
         await asyncio.wait([freed])
+        freed.result()
     elif self.saver:
       await self.saver.remove(session)
 
@@ -208,29 +219,37 @@ class Sessions:
       remove: whether it is removed from disk; None: unless it is to be kept.
 
     Returns:
-      The task that frees it.
+      The task that frees it; it raises `Refused` if it could not be removed, as the log says.
     """
     if self.live.pop(live.card.id, None) is None:
       return None
     remove = not live.card.keep if remove is None else remove
     if error:
-      logging.error("session %s failed", live.card.id, exc_info=error)
+      log_failure(f"session {live.card.id} failed", error)
       self.shared.metrics.failed("live")
     if outbox := live.outbox:
       if error:
         outbox.event("error", code="model_failed", message=model_error(error))
       outbox.event("ended", reason=reason, saved=bool(live.card.saved_at) and not remove)
       outbox.close(CLOSE_CODES.get(reason, 1000), reason)
-    task = asyncio.create_task(self._free(live, remove=remove))
+    if self.shelf and remove:
+      self.shelf.hide(live.card.id)  # it is unknown at once, whatever is still under way
+    task = asyncio.create_task(self._free(live, remove=remove, unwanted=reason != "deleted"))
     self._tasks.add(task)
-    task.add_done_callback(self._tasks.discard)
+    task.add_done_callback(self._freed)
     return task
 
-  async def _free(self, live: Live, *, remove: bool) -> None:
+  async def _free(self, live: Live, *, remove: bool, unwanted: bool) -> None:
     await live.stop()
     await self.shared.engine.attempt(live.hosted.close)
     if self.saver and remove:
-      await self.saver.remove(live.card.id)
+      await self.saver.remove(live.card.id, unwanted=unwanted)
+
+  def _freed(self, task: asyncio.Task[None]) -> None:
+    self._tasks.discard(task)
+    error = None if task.cancelled() else task.exception()
+    if error and not isinstance(error, Refused):
+      log_failure("a session is not freed", error)
 
   async def put_away(self, live: Live, *, save: bool) -> None:
     """Lets a session without a connection go, to disk if it is to be saved."""

@@ -7,6 +7,7 @@
 A video is a function of its record: one that was not finished when the server ended is made again.
 """
 
+import contextlib
 import dataclasses
 import json
 from pathlib import Path
@@ -16,7 +17,7 @@ from absl import logging
 from PIL import Image
 
 from longlive_jax.data.prompts import Script
-from longlive_jax.io.atomic import remove, replacing
+from longlive_jax.io.atomic import discard, remove, replacing
 from longlive_jax.serve.security import VIDEO_ID
 
 RECORD = "video.json"
@@ -115,15 +116,15 @@ class VideoFiles:
       video = Video.from_json((path / RECORD).read_text())
       if video.id != path.name:
         raise ValueError("it has another id")
+      others = list(path.glob(".*"))
     except FileNotFoundError:
-      remove(path)  # it had not been accepted yet
+      discard(path)  # it had not been accepted yet, or is half removed
       return None
     except (OSError, ValueError, RecursionError) as error:
       logging.warning("the video '%s' is left out: %s", path, error)
       return None
-    for other in path.iterdir():
-      if other.name.startswith("."):
-        remove(other)
+    for other in others:
+      discard(other)
     if video.status == "completed" and not self.content(video.id).is_file():
       video.status, video.error = "failed", "its file is gone"
     if not video.finished:
@@ -131,12 +132,19 @@ class VideoFiles:
     return video
 
   def create(self, video: Video, image: np.ndarray | None) -> None:
-    """Writes the record of a new video, and its first frame uint8 `[H, W, 3]`."""
+    """Writes the record of a new video, and its first frame uint8 `[H, W, 3]`.
+
+    Raises:
+      OSError: that cannot be written; nothing of it stays.
+    """
     folder = self.folder / video.id
     folder.mkdir()
-    if image is not None:
-      Image.fromarray(image).save(folder / "image.png")
-    self.write(video)
+    with contextlib.ExitStack() as undo:
+      undo.callback(discard, folder)
+      if image is not None:
+        Image.fromarray(image).save(folder / "image.png")
+      self.write(video)
+      undo.pop_all()
 
   def write(self, video: Video) -> None:
     """Replaces the record."""
@@ -156,7 +164,11 @@ class VideoFiles:
       return np.asarray(image.convert("RGB"))
 
   def remove(self, video: str) -> None:
-    """Removes all of a video."""
+    """Removes all of a video.
+
+    Raises:
+      OSError: it cannot be removed.
+    """
     folder = self.folder / video
     (folder / RECORD).unlink(missing_ok=True)  # first: from here on it does not exist
     remove(folder)

@@ -9,15 +9,13 @@ import json
 import math
 import secrets
 
-from starlette.datastructures import UploadFile
-from starlette.exceptions import HTTPException
 from starlette.requests import Request
-from starlette.types import Message
 
 from longlive_jax.checks import suggest
 from longlive_jax.data.prompts import Script, Shot
 from longlive_jax.serve.contract import Facts
 from longlive_jax.serve.errors import Refused
+from longlive_jax.serve.form import Part, read_parts
 from longlive_jax.serve.limits import Limits
 from longlive_jax.serve.messages import check_prompt, check_seed, parse_json
 from longlive_jax.serve.pictures import from_base64
@@ -51,17 +49,18 @@ async def read_body(request: Request, limits: Limits) -> bytes:
 
 
 async def read_fields(request: Request, limits: Limits) -> dict[str, object]:
-  """The fields of a request: what JSON gives; of a form texts, and bytes for a file.
+  """The fields of a request: what JSON gives; of a form texts, and bytes for an image.
 
   Raises:
     Refused: 400, 408, 413 or 415.
   """
-  kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+  content_type = request.headers.get("content-type", "")
+  kind = content_type.partition(";")[0].strip().lower()
   if kind not in ("application/json", "multipart/form-data", ""):
     message = "the content type must be application/json or multipart/form-data"
     raise Refused(415, "bad_content_type", message)
   body = await read_body(request, limits)
-  fields = await read_form(request, body) if kind.startswith("multi") else parse_json(body)
+  fields = read_form(content_type, body) if kind.startswith("multi") else parse_json(body)
   if not isinstance(fields, dict):
     raise bad("the body must be a JSON object with the fields of a video")
   for name in fields:
@@ -70,23 +69,30 @@ async def read_fields(request: Request, limits: Limits) -> dict[str, object]:
   return {name: value for name, value in fields.items() if value is not None}
 
 
-async def read_form(request: Request, body: bytes) -> dict[str, object]:
-  """The fields of a multipart form."""
-
-  async def receive() -> Message:
-    return {"type": "http.request", "body": body, "more_body": False}
-
-  copy, most = Request(request.scope, receive), len(body) + 1
-  fields: dict[str, object] = {}
+def read_form(content_type: str, body: bytes) -> dict[str, object]:
+  """The fields of a multipart form; each may be a file, and that of an image stays bytes."""
   try:
-    async with copy.form(max_files=1, max_fields=len(FIELDS), max_part_size=most) as form:
-      for name, value in form.multi_items():
-        if name in fields:
-          raise bad(f"{name[:40]!r} is given twice", name[:40])
-        fields[name] = await value.read() if isinstance(value, UploadFile) else value
-  except HTTPException as error:
-    raise bad(f"the form cannot be read: {error.detail}") from error
+    parts = read_parts(content_type, body, len(FIELDS))
+  except ValueError as error:
+    raise bad(f"the form cannot be read: {str(error)[:200]}") from error
+  fields: dict[str, object] = {}
+  for part in parts:
+    name = part.name
+    if name in fields:
+      raise bad(f"{name[:40]!r} is given twice", name[:40])
+    is_image = part.is_file and name == "input_reference"
+    fields[name] = bytes(part.data) if is_image else text_of(part)
   return fields
+
+
+def text_of(part: Part) -> str:
+  """The text of a part; the end of a file's last line is none of it."""
+  name = part.name[:40]
+  try:
+    text = part.data.decode()
+  except UnicodeDecodeError as error:
+    raise bad(f"{name!r} is no text in UTF-8", name) from error
+  return text.rstrip("\r\n") if part.is_file else text
 
 
 def bad(message: str, param: str | None = None) -> Refused:
@@ -113,7 +119,8 @@ def script_of(fields: dict[str, object], facts: Facts, limits: Limits) -> Script
   else:
     length = DEFAULT_SECONDS if seconds is None else float(seconds)
     if not 0 < length <= limits.seconds:
-      message = f"seconds={length:g} must be more than 0 and at most {limits.seconds:g}"
+      given_length = str(fields.get("seconds", length))[:40]
+      message = f"seconds={given_length} must be more than 0 and at most {limits.seconds:.12g}"
       raise bad(message, "seconds")
     script = Script((Shot(check_text(fields["prompt"], "prompt"), seconds=length),))
   check_script(script, facts, limits)
@@ -149,7 +156,7 @@ def check_script(script: Script, facts: Facts, limits: Limits) -> None:
   blocks = sum(facts.blocks_of(shot) for shot in script.shots)
   most = facts.most_blocks(limits.seconds)
   if blocks > most:
-    message = f"the script has {blocks} blocks; at most {most} are allowed, {limits.seconds:g} s"
+    message = f"the script has {blocks} blocks; at most {most} are allowed, {limits.seconds:.12g} s"
     raise bad(message, "script")
 
 

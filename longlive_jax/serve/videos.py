@@ -6,6 +6,7 @@ and asks for block after block, one ahead of what it encodes.
 
 import asyncio
 import concurrent.futures
+import contextlib
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -16,7 +17,7 @@ from absl import logging
 from longlive_jax.data.prompts import Script
 from longlive_jax.io.video import write_video
 from longlive_jax.serve.contract import Backend, Session
-from longlive_jax.serve.errors import Refused, model_error
+from longlive_jax.serve.errors import Refused, Seldom, model_error, not_removed
 from longlive_jax.serve.hosted import Hosted
 from longlive_jax.serve.security import VIDEO_ID, check_id, new_id, unknown
 from longlive_jax.serve.shared import Shared
@@ -111,10 +112,15 @@ class Videos:
     self._places = asyncio.Semaphore(shared.limits.videos_at_once)  # gives way in order
     self._writers = ThreadPoolExecutor(shared.limits.videos_at_once, thread_name_prefix="writer")
     self._tasks: dict[str, asyncio.Task[None]] = {}
+    self._leaving: set[str] = set()  # are being removed, and unknown
+    self._seldom = Seldom()
+
+  def _known(self) -> list[Video]:
+    return [video for video in list(self.videos.values()) if video.id not in self._leaving]
 
   def count(self, status: str) -> int:
     """How many videos are in this state."""
-    return sum(video.status == status for video in self.videos.values())
+    return sum(video.status == status for video in self._known())
 
   def load(self) -> None:
     """Finds what an earlier server left."""
@@ -146,7 +152,7 @@ class Videos:
       Refused: 429, the queue is full; 507, there is no room on disk.
     """
     limits = self.shared.limits
-    unfinished = sum(not video.finished for video in self.videos.values())
+    unfinished = sum(not video.finished for video in self._known())
     if unfinished >= limits.queue + limits.videos_at_once:
       raise Refused(429, "queue_full", f"{self.count('queued')} videos wait; try again later")
     prompt, made = script.shots[0].prompt, int(time.time())
@@ -163,10 +169,14 @@ class Videos:
     return video
 
   async def _drop_oldest(self) -> None:
-    finished = [video for video in self.videos.values() if video.finished]
+    finished = [video for video in self._known() if video.finished]
     for video in finished[: max(0, len(finished) - self.shared.limits.videos_kept)]:
-      del self.videos[video.id]
-      await asyncio.to_thread(self.files.remove, video.id)
+      if self._is_known(video):  # nobody else has removed it meanwhile
+        with contextlib.suppress(Refused):  # it is in the log; the next video tries again
+          await self._remove(video)
+
+  def _is_known(self, video: Video) -> bool:
+    return video.id in self.videos and video.id not in self._leaving
 
   def _run(self, video: Video) -> None:
     def ended(task: asyncio.Task[None]) -> None:
@@ -185,24 +195,36 @@ class Videos:
       Refused: 404.
     """
     found = self.videos.get(check_id(video, VIDEO_ID))
-    if found is None or found.owner != owner:
+    if found is None or found.owner != owner or not self._is_known(found):
       raise unknown(VIDEO_ID)
     return found
 
   def of(self, owner: str) -> list[Video]:
     """All videos of this owner, newest first."""
-    return [video for video in reversed(self.videos.values()) if video.owner == owner]
+    return [video for video in reversed(self._known()) if video.owner == owner]
 
   async def delete(self, owner: str, video: str) -> None:
     """Cancels a video in whatever state, frees and removes all of it.
 
     Raises:
-      Refused: 404.
+      Refused: 404; 507, its files cannot be removed: it stays, as failed if it was not finished.
     """
-    found = self.find(owner, video)
-    del self.videos[found.id]
-    await self._cancel(found.id)
-    await asyncio.to_thread(self.files.remove, found.id)
+    await self._remove(self.find(owner, video))
+
+  async def _remove(self, video: Video) -> None:
+    """Removes a video, which is unknown from now on; raises Refused if that cannot be."""
+    self._leaving.add(video.id)
+    try:
+      await self._cancel(video.id)
+      await asyncio.to_thread(self.files.remove, video.id)
+      del self.videos[video.id]
+    except OSError as error:
+      if not video.finished:
+        video.status, video.error = "failed", "it is cancelled, but its files cannot be removed"
+      self._seldom.tell(f"the files of video {video.id} cannot be removed", error)
+      raise not_removed("video") from error
+    finally:
+      self._leaving.discard(video.id)
 
   async def _cancel(self, video: str) -> None:
     if task := self._tasks.get(video):

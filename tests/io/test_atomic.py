@@ -2,10 +2,12 @@
 
 import errno
 import os
+import shutil
 
 import pytest
 
-from longlive_jax.io.atomic import check_writable, replacing
+from longlive_jax.io import atomic
+from longlive_jax.io.atomic import check_writable, remove, replacing
 
 
 def test_a_place_that_can_be_written_is_left_alone(tmp_path):
@@ -52,3 +54,36 @@ def test_a_folder_is_not_replaced_by_a_file_nor_a_file_by_a_folder(tmp_path):
     partial.mkdir()
   assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "folder"]
   assert (tmp_path / "file").read_text() == "kept"
+
+
+def test_a_folder_that_is_still_written_to_is_removed_in_the_end(tmp_path, monkeypatch):
+  folder, rmtree, tries = tmp_path / "folder", shutil.rmtree, []
+
+  def busy(path, **options):
+    tries.append(path)
+    if len(tries) < 3:
+      raise OSError(errno.ENOTEMPTY, "Directory not empty", "d")
+    rmtree(path, **options)
+
+  monkeypatch.setattr(shutil, "rmtree", busy)
+  monkeypatch.setattr(atomic, "PAUSES", (0.0, 0.0))
+  (folder / "d").mkdir(parents=True)
+  remove(folder)
+  assert len(tries) == 3 and not folder.exists()
+  folder.mkdir()
+  tries.clear()
+  monkeypatch.setattr(atomic, "PAUSES", (0.0,))
+  with pytest.raises(OSError, match="Directory not empty"):
+    remove(folder)
+
+
+def test_what_cannot_be_removed_hides_no_error(tmp_path, monkeypatch, caplog):
+  def locked(path, **options):
+    raise PermissionError(errno.EACCES, "Permission denied", str(path))
+
+  monkeypatch.setattr(shutil, "rmtree", locked)
+  with pytest.raises(OSError, match="No space left"), replacing(tmp_path / "target") as partial:
+    partial.mkdir()
+    raise OSError(errno.ENOSPC, "No space left on device", str(partial))
+  (line,) = caplog.messages
+  assert line == f"'{partial}' cannot be removed: Permission denied"

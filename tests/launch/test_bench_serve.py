@@ -17,6 +17,7 @@ def test_the_server_is_timed_beside_the_library_alone(program: Program, tmp_path
   assert [record["implementation"] for record in records] == ["stream", "session", "api"]
   table = [line.split() for line in done.stdout.splitlines()[-4:]]
   assert [row[0] for row in table] == ["way", "stream", "session", "api"] and len(table[-1]) == 7
+  assert "compiling" in done.stdout and "round 2 of 2: stream, " in done.stdout
   stream, session, api = records
   for record in records:
     assert 0 < record["p10_seconds"] <= record["median_seconds"] <= record["p90_seconds"]

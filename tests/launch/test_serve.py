@@ -37,6 +37,7 @@ REFUSED = {
   "--config.video.height=100": "video.height=100 must be",
   "--config.io.checkpoint=nothing": "io.checkpoint='nothing' is neither",
   "--seconds=0": "--seconds=0.0 must be at least",
+  "--seconds=inf": "--seconds=inf must be a finite number",
 }
 
 
@@ -47,11 +48,19 @@ def test_what_cannot_be_served(program: Program, monkeypatch: pytest.MonkeyPatch
   assert_refused(done, REFUSED[arguments])
 
 
-def test_a_port_that_is_taken(program: Program):
+def test_a_port_that_is_taken(program: Program, tmp_path: Path):
+  state = tmp_path / "state"
   with socket.create_server(("127.0.0.1", 0)) as taken:
     port = taken.getsockname()[1]
     line = f"--port={port}: address already in use; choose another --port"
-    assert_refused(program("serve", *TINY, f"--port={port}"), line)
+    done = program("serve", *TINY, f"--port={port}", f"--state_dir={state}")
+  assert_refused(done, line)
+  assert not state.exists()
+
+
+def test_help_is_no_error(program: Program):
+  done = program("serve", "--help")
+  assert done.code == 0 and "--helpfull" in done.stdout and not done.stderr
 
 
 @pytest.fixture

@@ -1,10 +1,12 @@
 """Pictures of the page for the docs: `python -m tests.serve.page_pictures --out=docs`."""
 
 import argparse
+import contextlib
 import io
 import itertools
 import time
 from pathlib import Path
+from typing import Any
 
 from PIL import Image
 
@@ -71,32 +73,41 @@ def film(watcher: Watcher, path: Path) -> None:
   drawn[0].save(path, save_all=True, append_images=drawn[1:], duration=gaps, loop=0, optimize=True)
 
 
+def draw(opened: Any, port: int, out: Path) -> None:
+  """All pictures."""
+  for scheme, name in (("dark", "page.png"), ("light", "page_light.png")):
+    watcher = Watcher(opened, port, DESKTOP, scheme)
+    tell(watcher)
+    picture(watcher.page.screenshot()).save(out / name, optimize=True)
+    watcher.close()
+  phones = []
+  for scheme in ("light", "dark"):
+    watcher = Watcher(opened, port, PHONE, scheme)
+    tell(watcher)
+    phones.append(picture(watcher.page.screenshot()))
+    watcher.close()
+  pair = Image.new("RGB", (2 * phones[0].width + 40, phones[0].height), "white")
+  pair.paste(phones[0], (0, 0))
+  pair.paste(phones[1], (phones[0].width + 40, 0))
+  half = (pair.width * 5 // 8, pair.height * 5 // 8)
+  pair.resize(half, Image.Resampling.LANCZOS).save(out / "page_phone.png", optimize=True)
+  watcher = Watcher(opened, port)
+  film(watcher, out / "page.gif")
+  watcher.close()
+
+
 def main() -> None:
   """Command line."""
   parser = argparse.ArgumentParser()
   parser.add_argument("--out", type=Path, required=True)
   out = parser.parse_args().out
-  out.mkdir(parents=True, exist_ok=True)
-  with browser() as opened, tiny_server() as port:
-    for scheme, name in (("dark", "page.png"), ("light", "page_light.png")):
-      watcher = Watcher(opened, port, DESKTOP, scheme)
-      tell(watcher)
-      picture(watcher.page.screenshot()).save(out / name, optimize=True)
-      watcher.close()
-    phones = []
-    for scheme in ("light", "dark"):
-      watcher = Watcher(opened, port, PHONE, scheme)
-      tell(watcher)
-      phones.append(picture(watcher.page.screenshot()))
-      watcher.close()
-    pair = Image.new("RGB", (2 * phones[0].width + 40, phones[0].height), "white")
-    pair.paste(phones[0], (0, 0))
-    pair.paste(phones[1], (phones[0].width + 40, 0))
-    half = (pair.width * 5 // 8, pair.height * 5 // 8)
-    pair.resize(half, Image.Resampling.LANCZOS).save(out / "page_phone.png", optimize=True)
-    watcher = Watcher(opened, port)
-    film(watcher, out / "page.gif")
-    watcher.close()
+  with contextlib.ExitStack() as stack:
+    try:
+      opened = stack.enter_context(browser())
+    except LookupError as error:
+      parser.exit(2, f"error: {error}; make browser installs both\n")
+    out.mkdir(parents=True, exist_ok=True)
+    draw(opened, stack.enter_context(tiny_server()), out)
 
 
 if __name__ == "__main__":

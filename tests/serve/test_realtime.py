@@ -146,7 +146,8 @@ def test_going_back_makes_blocks_again(server: Running):
     for block in (4, 5):
       assert viewer.block()[0].block == block
     viewer.say("rewind", block=0)
-    assert "oldest block" in viewer.event("error")["message"]
+    error = viewer.event("error")
+    assert error["code"] == "bad_block" and "oldest block" in error["message"]
 
 
 def test_stopping_frees_the_session():
@@ -190,6 +191,37 @@ def test_a_second_connection_takes_over(server: Running):
     assert viewer.event("error")["code"] == "taken_over"
     assert viewer.close_code() == 4409
     other.block()
+
+
+def test_a_position_that_cannot_be_takes_nothing_from_the_viewer(server: Running):
+  with server.viewer() as viewer:
+    viewer.block(), viewer.block()
+    for position, code in ((-5, "bad_position"), (1.5, "bad_message")):
+      with server.websocket() as socket:
+        other = Viewer(socket)
+        other.say("resume_session", id=viewer.session["id"], position=position)
+        assert other.receive()["code"] == code
+        assert other.close_code() == 4400
+    viewer.say("played", position=FACTS.first_frame(1))
+    viewer.block()
+
+
+def test_an_error_of_the_server_is_told_and_the_session_can_be_resumed(
+  server: Running, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+):
+  def broken(self, paused):
+    raise KeyError("odd")
+
+  monkeypatch.setattr("longlive_jax.serve.live.Live.pause", broken)
+  with server.viewer() as viewer:
+    viewer.say("pause")
+    error = viewer.event("error")
+    assert error["code"] == "internal_error" and "odd" not in error["message"]
+    assert viewer.close_code() == 1011
+  with server.resumed(viewer.session["id"]) as again:
+    again.block()
+  wait_for(lambda: [r for r in caplog.records if r.exc_info])
+  assert len([r for r in caplog.records if r.exc_info]) == 1
 
 
 def test_a_model_that_fails_ends_one_session_alone():
@@ -385,6 +417,17 @@ def test_a_wrong_first_message_ends_the_connection(server: Running, text):
     error = viewer.event("error")
     assert len(error["message"]) < 400
     assert viewer.close_code() == FIRST[text]
+
+
+def test_text_that_is_none_ends_the_connection_without_a_word_in_the_log(server: Running, caplog):
+  for parts in (b"\xff", [b"caf\xc3", b"\xff"]):
+    with server.websocket() as socket:
+      socket.send(parts, text=True)
+      assert Viewer(socket).close_code() == 1007
+  with server.websocket() as socket:
+    socket.send([b'{"type": "start", "prompt": "caf\xc3', b'\xa9"}'], text=True)
+    assert Viewer(socket).event("session")["prompt"] == "caf\u00e9"
+  assert not caplog.records
 
 
 def test_other_ways_to_lose_a_connection(server: Running):

@@ -75,8 +75,13 @@ def test_parts_of_the_content(client):
   assert (part.status_code, part.content) == (206, whole[10:20])
   assert part.headers["content-range"] == f"bytes 10-19/{len(whole)}"
   assert client.get(url, headers={"range": "bytes=-5"}).content == whole[-5:]
-  assert client.get(url, headers={"range": f"bytes={len(whole)}-"}).status_code == 416
-  assert client.get(url, headers={"range": "bytes=a-b"}).status_code == 400
+  for wrong in ("bytes=a-b", "bytes=abc", "bytes=5-2", "items=0-5", "5-6", "bytes="):
+    answer = client.get(url, headers={"range": wrong})
+    assert (answer.status_code, answer.content) == (200, whole), wrong
+  for beyond in (f"bytes={len(whole)}-", "bytes=99999999-"):
+    answer = client.get(url, headers={"range": beyond})
+    assert (answer.status_code, answer.json()["error"]["code"]) == (416, "bad_range")
+    assert answer.headers["content-range"] == f"bytes */{len(whole)}"
   assert client.get(url, headers={"if-range": '"x"', "range": "bytes=1-2"}).status_code == 200
   head = client.head(url)
   assert head.headers["content-length"] == str(len(whole)) and not head.content
@@ -105,6 +110,64 @@ def test_a_form_with_a_first_frame(client, tmp_path: Path):
   assert answer.status_code == 200
 
 
+def test_texts_of_a_form_may_be_files(client):
+  script = json.dumps(
+    {"seed": 5, "shots": [{"prompt": "caf\u00e9", "blocks": 1}]}, ensure_ascii=False
+  )
+  files = {
+    "script": ("demo.json", script.encode() + b"\n"),
+    "size": ("size.txt", b"32x16\r\n"),
+    "seed": ("seed.txt", b"6\n"),
+    "input_reference": ("first.png", png()),
+  }
+  answer = client.post("/v1/videos", files=files)
+  assert answer.status_code == 200, answer.text
+  assert (answer.json()["seed"], answer.json()["prompt"]) == (6, "caf\u00e9")
+  answer = client.post("/v1/videos", files={"prompt": ("a", b"one"), "seconds": ("b", b"long")})
+  assert answer.json()["error"]["message"] == "seconds='long' must be a number"
+
+
+FORM = "--x\r\ncontent-disposition: form-data; name=prompt\r\n\r\n{}\r\n"
+FORMS = {  # content type, body: what is said
+  ("boundary=x", FORM.format("a") + FORM.format("b") + "--x--"): "'prompt' is given twice",
+  ("boundary=x", FORM.format("a")): "the last boundary is missing",
+  ("boundary=x", FORM.format("a") + "--x\r\n" + FORM[5:70]): "the last boundary is missing",
+  ("boundary=x", FORM.format("a") * 8 + "--x--"): "it has more than 7 parts",
+  ("boundary=x", FORM.format("\xe9") + "--x--"): "'prompt' is no text in UTF-8",
+  ("boundary=x", FORM.replace("prompt", "\xe9") + "--x--"): "there is no field",
+  ("boundary=x", "--x\r\n\r\na\r\n--x--"): "there is no field ''",
+  ("boundary=x", "--x--"): "needs a prompt or a script",
+  ("boundary=x; charset=undefined", FORM.format("") + "--x--"): "prompt must be a text",
+  ("boundary=x; charset=punycode", FORM.format("\xe9") + "--x--"): "no text in UTF-8",
+  ("boundary=", FORM + "--x--"): "names no boundary",
+  (f"boundary={1000 * 'x'}", FORM + "--x--"): "the form cannot be read: ",
+}
+
+
+@pytest.mark.parametrize("given", FORMS, ids=range(len(FORMS)))
+def test_wrong_forms(client, given):
+  kind, body = given
+  headers = {"content-type": f"multipart/form-data; {kind}"}
+  answer = client.post("/v1/videos", content=body.encode("latin-1"), headers=headers)
+  assert answer.status_code == 400, answer.text
+  assert FORMS[given] in answer.json()["error"]["message"]
+
+
+def test_errors_of_the_server_look_like_all_others(client, monkeypatch, caplog):
+  def broken(value):
+    raise KeyError("odd")
+
+  monkeypatch.setattr("longlive_jax.serve.routes.video_tree", broken)
+  answer = client.post("/v1/videos", json={"prompt": "a", "seconds": 0.2})
+  assert answer.status_code == 500 and answer.content.endswith(b"}\n")
+  error = answer.json()["error"]
+  assert (error["code"], error["type"]) == ("internal_error", "server_error")
+  assert "odd" not in answer.text and answer.headers["x-content-type-options"] == "nosniff"
+  assert answer.headers["cache-control"] == "no-store"
+  wait_for(lambda: [r for r in caplog.records if r.exc_info])  # it is logged after the answer
+  assert len([r for r in caplog.records if r.exc_info]) == 1
+
+
 def test_a_video_that_the_model_fails(client):
   video = finished(client, client.post("/v1/videos", json={"prompt": "explode"}).json())
   assert video["status"] == "failed"
@@ -124,6 +187,7 @@ WRONG = {
   '{"prompt": "a", "model": "sora"}': "model='sora' must be 'fake'",
   '{"prompt": "a", "seconds": 0}': "seconds=0 must be more than 0 and at most 60",
   '{"prompt": "a", "seconds": 61}': "at most 60",
+  '{"prompt": "a", "seconds": 60.0001}': "seconds=60.0001 must be more than 0 and at most 60",
   '{"prompt": "a", "seconds": "soon"}': "seconds='soon' must be a number",
   '{"prompt": "a", "seconds": "nan"}': "seconds='nan' must be a number",
   '{"prompt": "a", "seconds": 1e999}': "seconds='inf' must be a number",
@@ -194,6 +258,9 @@ def test_unknown_ids(client, name):
   assert client.delete(f"/v1/sessions/{name}").status_code in (404, 405)
 
 
+LIMITS = (0, "x", 10**9, "0000000010000", "000000001" + 5000 * "0", "\u0663")
+
+
 def test_the_list_in_pages(client):
   ids = [
     client.post("/v1/videos", json={"prompt": "a", "seconds": 0.2}).json()["id"] for _ in "abc"
@@ -204,7 +271,7 @@ def test_the_list_in_pages(client):
   assert rest["data"][0]["id"] == ids[0]
   oldest = client.get("/v1/videos", params={"order": "asc", "limit": 100}).json()["data"]
   assert [v["id"] for v in oldest[-3:]] == ids
-  for query in ({"limit": 0}, {"limit": "x"}, {"limit": 10**9}, {"order": "up"}):
+  for query in (*({"limit": limit} for limit in LIMITS), {"order": "up"}):
     assert client.get("/v1/videos", params=query).status_code == 400
   assert client.get("/v1/videos", params={"after": "video_" + 32 * "0"}).status_code == 404
 

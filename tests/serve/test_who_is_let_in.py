@@ -1,6 +1,7 @@
 """Tokens, hosts, origins, headers: what a stranger or another page cannot do."""
 
 import contextlib
+import json
 import re
 import socket
 import threading
@@ -190,7 +191,7 @@ RAW = {
     f"GET /v1/realtime HTTP/1.1\nhost: localhost\n{UPGRADE}\na: " + "b" * 9_000,
     (400, 431),
   ),
-  "a websocket elsewhere": (f"GET /v1/videos HTTP/1.1\nhost: localhost\n{UPGRADE}", (403, 404)),
+  "a websocket elsewhere": (f"GET /v1/videos HTTP/1.1\nhost: localhost\n{UPGRADE}", (404,)),
   "a websocket without key": (
     "GET /v1/realtime HTTP/1.1\nhost: localhost\nupgrade: websocket\nconnection: upgrade",
     (400, 426),
@@ -207,6 +208,13 @@ def test_odd_requests(server: Running, name):
   assert b"root:" not in answer
   with server.http() as client:
     assert client.get("/healthz").status_code == 200
+
+
+def test_a_websocket_elsewhere_is_told_where(server: Running):
+  answer = ask(server, f"GET /v1/other HTTP/1.1\nhost: localhost\n{UPGRADE}")
+  assert status(answer) == 404 and b"x-content-type-options: nosniff" in answer.lower()
+  error = json.loads(answer.partition(b"\r\n\r\n")[2])["error"]
+  assert error["code"] == "not_found" and "/v1/realtime" in error["message"]
 
 
 def test_answers_have_their_headers(server: Running):
