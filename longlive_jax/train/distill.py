@@ -38,16 +38,10 @@ from longlive_jax.quant.policy import quantised_ops
 from longlive_jax.sample.block import Denoiser
 from longlive_jax.sample.sampler import Models
 from longlive_jax.train import dmd
-from longlive_jax.train.distill_state import (
-  DistillState,
-  of_critic,
-  of_student,
-  optimizers_of,
-  start_state,
-)
+from longlive_jax.train.distill_state import DistillState, of_critic, optimizers_of, start_state
 from longlive_jax.train.passes import Pass
 from longlive_jax.train.self_forcing import SelfForcing, stopped
-from longlive_jax.train.state import apply_gradients
+from longlive_jax.train.state import TrainState, apply_gradients
 from longlive_jax.types import Array, PyTree
 
 STUDENT, TEACHER, CRITIC = ROLES
@@ -265,32 +259,37 @@ class Distillation:
     params = self.with_adapters(self.base(CRITIC, bases), adapters)
     return dmd.critic_loss(score, params, noised, judged.prompts)
 
-  def update(
+  def student_gradients(
     self,
     state: DistillState,
     bases: dict[str, PyTree],
     given: Conditions,
     passes: Sequence[tuple[Pass, Pass]],
-    moves: bool,
-  ) -> tuple[DistillState, dict[str, Array]]:
-    """A step; with `moves` the student takes part. `bases`: frozen weights by kind."""
-    key = jax.random.fold_in(jax.random.key(self.experiment.train.seed), state.step)
-    of_student_key, of_critic_key = jax.random.split(key)
-    student, metrics = state.student, {}
-    if moves:
-      grad = jax.value_and_grad(self.student_loss, has_aux=True)
-      (value, size), found = grad(
-        student.params, state.critic.params, bases, given, passes, of_student_key
-      )
-      metrics = {
-        "student_loss": value,
-        "student_direction": size,
-        "student_grad_norm": optax.tree.norm(found),
-      }
-      student = apply_gradients(student, found, self.optimizers[0], of_student(self.experiment))
-    value, found = jax.value_and_grad(self.critic_loss)(
-      state.critic.params, state.student.params, bases, given, passes, of_critic_key
+  ) -> tuple[PyTree, dict[str, Array]]:
+    """Gradients of the student's adapters, and metrics. `bases`: frozen weights by kind."""
+    (value, size), found = jax.value_and_grad(self.student_loss, has_aux=True)(
+      state.student.params, state.critic.params, bases, given, passes, self.keys(state.step)[0]
     )
-    metrics |= {"loss": value, "grad_norm": optax.tree.norm(found)}
-    critic = apply_gradients(state.critic, found, self.optimizers[1], of_critic(self.experiment))
-    return DistillState(state.step + 1, student, critic), metrics
+    names = "student_loss", "student_direction", "student_grad_norm"
+    return found, dict(zip(names, (value, size, optax.tree.norm(found)), strict=True))
+
+  def critic_step(
+    self,
+    critic: TrainState,
+    student: PyTree,
+    step: Array,
+    bases: dict[str, PyTree],
+    given: Conditions,
+    passes: Sequence[tuple[Pass, Pass]],
+  ) -> tuple[TrainState, Array, dict[str, Array]]:
+    """The critic after a step on a clip of the student's adapters, steps done, and metrics."""
+    value, found = jax.value_and_grad(self.critic_loss)(
+      critic.params, student, bases, given, passes, self.keys(step)[1]
+    )
+    metrics = {"loss": value, "grad_norm": optax.tree.norm(found)}
+    critic = apply_gradients(critic, found, self.optimizers[1], of_critic(self.experiment))
+    return critic, step + 1, metrics
+
+  def keys(self, step: Array) -> Array:
+    """Of the student and of the critic in a step."""
+    return jax.random.split(jax.random.fold_in(jax.random.key(self.experiment.train.seed), step))

@@ -22,6 +22,7 @@ from longlive_jax.sample.schedule import Schedule
 from longlive_jax.train.distill import PLAIN, QUANTISED, Conditions, Distillation
 from longlive_jax.train.distill_feed import open_feed
 from longlive_jax.train.distill_state import DistillState
+from longlive_jax.train.distill_step import DistillStep
 from longlive_jax.train.loop import Rider, run
 from longlive_jax.train.passes import last_seen, plan_passes
 from longlive_jax.train.rollouts import Rollouts
@@ -102,7 +103,7 @@ class Dmd(Rider):
     self.student: dict[str, Array | float] = {}
 
     self.conditions = jax.jit(functools.partial(conditions_of, work))
-    self.update = jax.jit(work.update, static_argnames="moves", donate_argnums=0)
+    self.update = DistillStep(work)
 
   def __call__(self, state: DistillState) -> tuple[DistillState, dict[str, Array | float]]:
     drawn, distill = self.feed(self.done), self.experiment.distill
@@ -112,7 +113,7 @@ class Dmd(Rider):
     params = replicate(self.params, self.work.mesh)  # which are there, unless parked
     conditions = self.conditions(params, state.step, arrays, self.nothing)
     del params
-    state, metrics = self.update(state, self.bases, conditions, passes, moves=moves)
+    state, metrics = self.update(state, self.bases, conditions, passes, moves)
     self.done, self.samples = self.done + 1, self.samples + self.experiment.train.batch
     if moves:
       self.student = {n: v for n, v in metrics.items() if n.startswith("student_")}
