@@ -68,7 +68,8 @@ def whole(x: Array | QTensor) -> Array:
 def in_place(make: Callable[[Array], Array], pieces: int, axis: int, after: Array) -> Array:
   """`make(piece number)` for all pieces, side by side along an axis, written into one array.
 
-  That array is made when `after` is there; else it would be there from the start of a program.
+  That array, all of which is overwritten, is made when `after` is there: zeros alone would be there
+  from the start of a program, and be kept for all calls.
   """
   form = jax.eval_shape(make, jax.ShapeDtypeStruct((), jnp.int32))
   width = form.shape[axis]
@@ -78,7 +79,8 @@ def in_place(make: Callable[[Array], Array], pieces: int, axis: int, after: Arra
   def body(number: Array, out: Array) -> Array:
     return jax.lax.dynamic_update_slice_in_dim(out, make(number), number * width, axis)
 
-  start, _ = jax.lax.optimization_barrier((jnp.zeros(shape, form.dtype), after))
+  nothing, _ = jax.lax.optimization_barrier((jnp.zeros((), form.dtype), after))
+  start = jnp.broadcast_to(nothing, shape)
   return jax.lax.fori_loop(0, pieces, body, start)
 
 
