@@ -88,6 +88,6 @@ def scaled(
 ) -> tuple[Array, Array]:
   """(values, codes) of blocks with given scales."""
   alive = scales != 0.0
-  unit = jnp.where(alive, dec * scales, 1.0)
+  unit = dec * scales + (~alive).astype(jnp.float32)  # 1 in place of 0
   inverse = (divide if exact else quotient)(1.0, unit)
   return semantics.element(jnp.where(alive, x * inverse, semantics.without_scale(x)), noise)

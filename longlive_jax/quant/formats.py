@@ -6,6 +6,8 @@ sign. E4M3 (`float8_e4m3fn`), 8 bits, has no infinity and ends at 448; it holds 
 Source: spec/nvfp4.md sections 1.1, 1.2, 1.4, 4.1 and 4.2.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 
@@ -35,12 +37,13 @@ def e2m1_encode(x: Array) -> Array:
     uint8 codes 0..15. The sign of zero is kept (-0.0 is code 8); NaN becomes code 7.
   """
   magnitude = jnp.abs(x)
-  code = jnp.zeros(x.shape, jnp.uint8)
-  for threshold, tie_passes in _PASSED:
-    below = magnitude < threshold if tie_passes else magnitude <= threshold
-    code += (~below).astype(jnp.uint8)
+  passed = [
+    ~(magnitude < threshold if tie_passes else magnitude <= threshold)
+    for threshold, tie_passes in _PASSED
+  ]
+  code = functools.reduce(jnp.add, [each.astype(jnp.uint8) for each in passed])
   negative = jnp.signbit(x) & ~jnp.isnan(x)
-  return code | jnp.where(negative, jnp.uint8(SIGN), jnp.uint8(0))
+  return code | negative.astype(jnp.uint8) * SIGN
 
 
 def e2m1_decode(codes: Array) -> Array:
