@@ -97,8 +97,9 @@ class Client:
       await socket.send(json.dumps({"type": "played", "position": frames_end}))
     await socket.send(json.dumps({"type": "stop"}))
     async with asyncio.timeout(60):
-      async for _ in socket:
-        pass
+      async for message in socket:
+        if isinstance(message, str):
+          self._note(json.loads(message))  # it may have begun only now
 
   def _note(self, event: dict) -> None:
     if event["type"] == "session":
