@@ -12,6 +12,7 @@ from typing import Any, Protocol
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
+from jax.experimental.layout import Layout, with_layout_constraint
 from jax.sharding import Mesh
 
 from longlive_jax.types import Array
@@ -50,6 +51,11 @@ class Plan(Protocol):
 
 Attend = Callable[[Array, Array, Array, Any, Array | int, Plan], tuple[Array, Any]]
 Norm = Callable[[Array, Array, Array, float], Array]
+
+
+def row_major(x: Array) -> Array:
+  """x in the default layout; else what reads it may have it copied, whole stacks beforehand."""
+  return with_layout_constraint(x, Layout(major_to_minor=tuple(range(x.ndim))))
 
 
 Axes = tuple[int, ...]

@@ -10,25 +10,17 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.experimental.layout import Layout, with_layout_constraint
 
 from longlive_jax.model.conv import HISTORY, CausalConv, ChannelNorm
+from longlive_jax.model.ops import row_major
 from longlive_jax.types import Array
 
 ROWS = 2  # axis
 
 
-def _plain(rows: Array) -> Array:
-  """The rows, in the default layout.
-
-  Otherwise the layout that a convolution wants inside the loop becomes that of the whole arrays,
-  which are then copied into it before the loop and out of it after.
-  """
-  return with_layout_constraint(rows, Layout(major_to_minor=tuple(range(rows.ndim))))
-
-
 def _read(x: Array, start: Array, count: int) -> Array:
-  return _plain(lax.dynamic_slice_in_dim(x, start, count, ROWS))
+  # else the layout that a convolution wants in the loop becomes that of whole arrays
+  return row_major(lax.dynamic_slice_in_dim(x, start, count, ROWS))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,7 +49,7 @@ class Strip:
 
   def write(self, x: Array, rows: Array) -> Array:
     """x with other rows in place of its own."""
-    return lax.dynamic_update_slice_in_dim(x, _plain(rows), self.start, ROWS)
+    return lax.dynamic_update_slice_in_dim(x, row_major(rows), self.start, ROWS)
 
 
 def by_strips[S](

@@ -22,11 +22,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.ad_checkpoint import checkpoint_name
-from jax.experimental.layout import Layout, with_layout_constraint
 from jax.tree_util import register_dataclass
 
 from longlive_jax.kernels.quantise import fake_quantise_rows, quantise_rows
-from longlive_jax.model.ops import INPUT, PACKED, PRODUCT
+from longlive_jax.model.ops import INPUT, PACKED, PRODUCT, row_major
 from longlive_jax.quant.formats import BLOCK
 from longlive_jax.quant.nvfp4 import Spec, largest, over_devices, quantise, scale_free, unit_of
 from longlive_jax.quant.operands import (
@@ -147,8 +146,7 @@ def weight_operand(w: Array | QTensor, spec: Spec | None) -> Operand:
   """
   if isinstance(w, QTensor):
     return from_packed(w)
-  w = with_layout_constraint(w, Layout(major_to_minor=tuple(range(w.ndim))))
-  return operand(w, spec, flip=True)
+  return operand(row_major(w), spec, flip=True)
 
 
 @functools.partial(register_dataclass, data_fields=["x", "packed"], meta_fields=[])

@@ -14,11 +14,10 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import jax
-from jax.experimental.layout import Layout, with_layout_constraint
 
 from longlive_jax.config import Quant
 from longlive_jax.kernels.matmul_choice import use_kernels
-from longlive_jax.model.ops import Matmul, Ops
+from longlive_jax.model.ops import Matmul, Ops, row_major
 from longlive_jax.quant import fp8
 from longlive_jax.quant.fp8 import Rows, fp8_matmul
 from longlive_jax.quant.matmul import (
@@ -141,8 +140,7 @@ def quantise_params(params: PyTree, quant: Quant) -> PyTree:
 
   @jax.jit
   def quantise(w: Array) -> QTensor | Rows:  # a layer at a time, as it lies
-    keep = Layout(major_to_minor=(0, 1))
-    return jax.lax.map(lambda a: one(with_layout_constraint(a, keep)), w) if w.ndim > 2 else one(w)
+    return jax.lax.map(lambda layer: one(row_major(layer)), w) if w.ndim > 2 else one(w)
 
   def replace(path: tuple[Any, ...], leaf: Weight) -> Weight:
     if is_quantised(leaf):
