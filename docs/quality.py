@@ -29,6 +29,7 @@ VARIANTS = {
   "2 steps without distillation": ("configs/tiny.py:teacher", {**BFLOAT16, "sample.steps": 2}),
 }
 DRIFT = {
+  "50 steps": "tiny_50steps_512_score",
   "4 steps": "tiny_4steps_512_score",
   "4 steps in NVFP4": "tiny_4steps_nvfp4_512_score",
   "2 steps": "tiny_2steps_512_score",
@@ -65,7 +66,7 @@ def draw_drift(path: Path) -> None:
     results = json.loads((RESULTS / f"{record}.json").read_text())
     quarters = np.asarray(results["by_shot"])
     errors = np.sqrt(quarters * (1 - quarters) / results["flags"]["scripts"])
-    x = np.arange(1, 5) + 0.06 * (place - 1)
+    x = np.arange(1, 5) + 0.06 * (place - 1.5)
     axes.errorbar(x, 100 * quarters, 100 * errors, marker="o", capsize=3, label=name)
   axes.set(xlabel="quarter of 512 latents", ylabel="score, %", xticks=range(1, 5), ylim=(90, 100.5))
   axes.grid(color="#f2f2f2")

@@ -28,7 +28,7 @@ from collections.abc import Callable, Iterator
 
 from absl import flags
 
-from longlive_jax.build import choose_ops, unrolls
+from longlive_jax.build import sampling_ops, unrolls
 from longlive_jax.checks import suggest
 from longlive_jax.config import Experiment
 from longlive_jax.config.load import load_config, run_main
@@ -49,12 +49,12 @@ LARGEST = {"5b": 2**29, "tiny": 2**16}  # elements of the array that is copied
 CALLS = {"5b": 16, "tiny": 2}  # products in one executable
 SUITES: dict[str, Callable[[Experiment], Iterator[Case]]] = {
   "attention": bench_attention.cases,
-  "block": lambda e: bench_block.cases(e, choose_ops, unrolls, steps_of(STEPS.value)),
+  "block": lambda e: bench_block.cases(e, sampling_ops, unrolls, steps_of(STEPS.value)),
   "elementwise": lambda e: bench_elementwise.cases(e, LARGEST[SIZES.value]),
   "gemm": lambda e: bench_gemm.cases(e, CALLS[SIZES.value]),
   "quant": lambda _: bench_quant.cases(bench_quant.SIZES[SIZES.value]),
   "sp": bench_sp.cases,
-  "step": lambda e: bench_block.passes(e, choose_ops, unrolls),
+  "step": lambda e: bench_block.passes(e, sampling_ops, unrolls),
   "vae": bench_vae.cases,
 }
 SUITE = flags.DEFINE_enum("suite", "quant", sorted(SUITES), "what to time")

@@ -12,6 +12,8 @@ from jax.sharding import Mesh
 
 from longlive_jax.config import Experiment
 from longlive_jax.config.load import load_config
+from longlive_jax.kernels.matmul_choice import use_kernels
+from longlive_jax.model.between import OnePass
 from longlive_jax.model.dit import declare_dit, separate_layers
 from longlive_jax.model.module import Network
 from longlive_jax.model.narrow import narrowed
@@ -67,6 +69,22 @@ def choose_ops(experiment: Experiment) -> Ops:
   logging.info("attention: %s", chosen)
   dense = {"cudnn": cudnn_attention, "fp8": fp8_attention}.get(chosen, dense_attention)
   return Ops(attend=attend_with(dense), dense=dense)
+
+
+def sampling_ops(experiment: Experiment, local: bool = False) -> Ops:
+  """`choose_ops`, with kernels between products where `quant.kernels=on`; no gradients.
+
+  Args:
+    experiment: `quant.kernels`, `model.dtype`.
+    local: the operations see what one of several devices has, inside `shard_map`.
+
+  Raises:
+    ValueError: as `choose_ops` and `use_kernels`.
+  """
+  ops, asked = choose_ops(experiment), experiment.quant.kernels == "on"
+  if not asked or experiment.model.dtype != "bfloat16" or not use_kernels("on", local):
+    return ops
+  return dataclasses.replace(ops, between=OnePass())
 
 
 def unrolls(experiment: Experiment) -> bool:
@@ -125,6 +143,7 @@ def build_models(
   shared: bool = False,
   plain: bool = False,
   park: Callable[[PyTree], PyTree] = parked,
+  choose: Callable[[Experiment], Ops] = choose_ops,
 ) -> Models:
   """Networks with parameters from `io.checkpoint`, or fresh ones when it is empty.
 
@@ -137,13 +156,14 @@ def build_models(
       and the operations are those of `shared_ops`.
     plain: the operations quantise nothing, whatever `quant` says.
     park: what moves the text encoder to host memory where `model.text.parked`.
+    choose: what makes the operations of one device; `sampling_ops` for sampling.
 
   Raises:
     FileNotFoundError: no such checkpoint or tokenizer.
     ValueError: its tensors do not fit the experiment, or are not finite.
   """
-  networks, ops = declare_networks(experiment), choose_ops(experiment)
-  rules = WHOLE if shared else RULES
+  networks, rules = declare_networks(experiment), WHOLE if shared else RULES
+  ops = choose(experiment)
   ops = shared_ops(ops, mesh) if mesh and shared else ops
   ops = ops if plain else quantised_ops(ops, experiment.quant, networks["dit"].abstract)
   tokenizer = load_tokenizer(experiment.model.text)
@@ -219,7 +239,10 @@ class Pipeline(Sampler):
     """
     shared = mesh is None and experiment.parallel.seq > 1
     mesh, adapters = sampling_mesh(experiment) if shared else mesh, find_adapters(experiment)
-    models = build_models(experiment, mesh, narrow=True, shared=shared, park=in_pieces)
+    choose = functools.partial(sampling_ops, local=shared)
+    models = build_models(
+      experiment, mesh, narrow=True, shared=shared, park=in_pieces, choose=choose
+    )
     dit, network = with_adapters(adapters, models.dit, models.params["dit"], mesh), models.dit
     dit = quantise_params(dit, experiment.quant)
     if unrolls(experiment):

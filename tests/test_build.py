@@ -18,10 +18,12 @@ from longlive_jax.config.load import load_config, to_json
 from longlive_jax.io.checkpoint import save_params
 from longlive_jax.io.leaves import flat
 from longlive_jax.model.attention import BlockCausal, block_borders
+from longlive_jax.model.between import OnePass
 from longlive_jax.model.dit import cast_params
 from longlive_jax.model.narrow import narrowed
 from longlive_jax.model.rope import video_rope
 from longlive_jax.parallel.mesh import make_mesh
+from longlive_jax.quant.fp8_rows import Fp8OnePass
 from longlive_jax.quant.policy import quantise_params
 from longlive_jax.types import PyTree
 from tests.launch.tiny import OVERRIDES
@@ -169,6 +171,20 @@ def test_attention_by_capability(root, monkeypatch, caplog):
       build.choose_ops(tiny(root, model__dtype=dtype))
       chosen[dtype] = caplog.messages
   assert chosen == {"float32": ["attention: jnp"], "bfloat16": ["attention: cudnn"]}
+
+
+def test_kernels_between_products_are_for_sampling_alone_and_when_asked_for(root, monkeypatch):
+  on = {"model__dtype": "bfloat16", "quant__kernels": "on"}
+  with pytest.raises(ValueError, match="quant.kernels=on needs a GPU of compute capability 9"):
+    build.sampling_ops(tiny(root, **on))
+  monkeypatch.setattr(build, "use_kernels", lambda setting, local: setting == "on")
+  assert isinstance(build.sampling_ops(tiny(root, **on)).between, OnePass)
+  for plain in ({"model__dtype": "bfloat16"}, on | {"model__dtype": "float32"}):
+    assert build.sampling_ops(tiny(root, **plain)).between is None
+  assert build.build_models(tiny(root, **on)).ops.between is None  # as training does
+  models = build.build_models(tiny(root, **on, quant__linears="fp8"), choose=build.sampling_ops)
+  assert isinstance(models.ops.between, Fp8OnePass)
+  assert models.ops.between.quantises(("layers/ffn/up", "layers/ffn/down"))
 
 
 def test_the_compile_cache_is_where_the_setting_says(root, tmp_path, monkeypatch, caplog):

@@ -22,6 +22,7 @@ import numpy as np
 
 from longlive_jax.io.atomic import replacing
 from longlive_jax.kernels.timing import alternated_seconds
+from longlive_jax.sample.together import TIMED
 from longlive_jax.types import Array, PyTree
 
 PACKAGES = ("jax", "jaxlib", "jax-cuda13-plugin")
@@ -52,7 +53,8 @@ def compiled(
     donated: places of the arguments whose memory its results may take.
   """
   began = time.perf_counter()
-  executable = jax.jit(function, donate_argnums=donated).lower(*args).compile()
+  lowered = jax.jit(function, donate_argnums=donated).lower(*args)
+  executable = lowered.compile(dict(TIMED))
   return executable, {"compile_seconds": time.perf_counter() - began, **memory_of(executable)}
 
 

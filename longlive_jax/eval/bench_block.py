@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from longlive_jax.config import Experiment
 from longlive_jax.eval.bench import Case, Record, compiled
 from longlive_jax.eval.flops import cached_flops
-from longlive_jax.kernels.matmul_choice import use_kernels
+from longlive_jax.kernels.matmul_choice import HOPPER, kernel_for, use_kernels
 from longlive_jax.model import solvers
 from longlive_jax.model.dit import TextKV, cast_params, declare_dit, separate_layers
 from longlive_jax.model.kv_cache import KVCache, SlotState
@@ -32,8 +32,8 @@ from longlive_jax.types import Array, PyTree
 
 BFLOAT16 = "bfloat16"
 INPUTS = "random weights, normal cache, text and noise"
-# variant -> (quant.linears, quant.cache, model.attention)
-VARIANTS = {
+# variant -> (quant.linears, quant.cache, model.attention, quant.kernels)
+VARIANTS: dict[str, tuple[str, ...]] = {
   BFLOAT16: ("none", "none", "auto"),
   "fp8 linears": ("fp8", "none", "auto"),
   "fp8 both": ("fp8", "none", "fp8"),
@@ -41,16 +41,31 @@ VARIANTS = {
   "nvfp4 cache": ("none", "nvfp4", "auto"),
   "nvfp4 both": ("nvfp4", "nvfp4", "auto"),
 }
+ONE_PASS = {  # with kernels between products, where the device has them
+  f"{name} in one pass": (*VARIANTS[name], "on") for name in (BFLOAT16, "fp8 linears", "fp8 both")
+}
 # `(params, cache, noise or latents, text) -> (latents, cache)`
 Run = Callable[[PyTree, PyTree, Array, TextKV], tuple[Array, PyTree]]
 ChooseOps = Callable[[Experiment], Ops]
 Unrolls = Callable[[Experiment], bool]
 
 
-def varied(experiment: Experiment, linears: str, cache: str, attention: str = "auto") -> Experiment:
+def variants() -> dict[str, tuple[str, ...]]:
+  """What this device can run."""
+  return VARIANTS | ONE_PASS if kernel_for(jax.devices()[0]) == HOPPER else VARIANTS
+
+
+def varied(
+  experiment: Experiment,
+  linears: str,
+  cache: str,
+  attention: str = "auto",
+  kernels: str = "auto",
+) -> Experiment:
   """The experiment with other precisions."""
   other = copy.deepcopy(dataclasses.replace(experiment))
-  other.quant = dataclasses.replace(experiment.quant, linears=linears, cache=cache)
+  quant = dataclasses.replace(experiment.quant, linears=linears, cache=cache)
+  other.quant = dataclasses.replace(quant, kernels=kernels)
   other.model = dataclasses.replace(experiment.model, attention=attention)
   return other
 
@@ -233,7 +248,7 @@ class Held:
       name,
       {"layers": model.layers, "width": model.width, "steps": steps},
       INPUTS,
-      {n: Variant(varied(experiment, *each), kind) for n, each in VARIANTS.items()},
+      {n: Variant(varied(experiment, *each), kind) for n, each in variants().items()},
       (jax.random.normal(jax.random.key(4), block_shape(experiment, 1)), random_text(experiment)),
       value,
       BFLOAT16,

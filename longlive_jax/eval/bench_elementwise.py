@@ -11,8 +11,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from longlive_jax.config import Experiment
+from longlive_jax.config import Experiment, Model
 from longlive_jax.eval.bench import Case, chain
+from longlive_jax.kernels import row_jobs
+from longlive_jax.kernels.matmul_choice import HOPPER, kernel_for
+from longlive_jax.kernels.rows import takes
 from longlive_jax.model.layers import RmsNorm, gelu
 from longlive_jax.model.ops import modulated_norm
 from longlive_jax.model.rope import rotate, video_rope
@@ -56,15 +59,57 @@ def cases(experiment: Experiment, largest: int) -> Iterator[Case]:
   wide = tokens, model.ffn_width
   sizes = {"tokens": tokens, "columns": model.ffn_width}
   yield passing("GELU", sizes, wide, gelu, 4.0)
+  yield from quantising(model, frames, tokens, m[:, 0])
 
-  def narrow(x: Array) -> tuple[Array, Array]:
-    rows = quantise_rows(x)
-    return rows.values, rows.scales
 
-  def value(out: tuple[Array, Array]) -> Array:
-    return out[0].astype(jnp.float32) * out[1]
+def quantising(model: Model, frames: int, tokens: int, m: Array) -> Iterator[Case]:
+  """Passes that end in rows of FP8, by kernels too where the device has them.
 
-  yield passing("quantise rows to fp8", sizes, wide, narrow, 3.0, value)
+  Args:
+    model: gives the sizes.
+    frames: latents of the block.
+    tokens: of the block.
+    m: scale and shift `[2, frames, 1, E]`.
+  """
+  width, eps, wide = model.width, model.eps, (tokens, model.ffn_width)
+  sizes = {"tokens": tokens, "columns": model.ffn_width}
+  yield passing("quantise rows to fp8", sizes, wide, narrow, 3.0, wide_rows, row_jobs.quantise_rows)
+  yield passing(
+    "GELU, rows to fp8",
+    sizes,
+    wide,
+    lambda x: narrow(gelu(x), stored=True),
+    3.0,
+    wide_rows,
+    lambda x: row_jobs.gelu_rows(row_jobs.Product(x)),
+  )
+  sizes = {"tokens": tokens, "columns": width}
+  factor, shift = 1.0 + m[0, :, 0], m[1, :, 0]
+  yield passing(
+    "norm and modulation, rows to fp8",
+    sizes,
+    (tokens, width),
+    lambda x: narrow(modulated_norm(by_frame(x, frames), m[0], m[1], eps).reshape(x.shape)),
+    3.0,
+    wide_rows,
+    lambda x: row_jobs.norm_rows(x, factor, shift, eps, True),
+  )
+
+
+def by_frame(x: Array, frames: int) -> Array:
+  """`[T, E]` as `[F, T / F, E]`."""
+  return x.reshape(frames, -1, x.shape[-1])
+
+
+def narrow(x: Array, stored: bool = False) -> tuple[Array, Array]:
+  """FP8 rows and their scales `[T]`."""
+  rows = quantise_rows(x, stored=stored)
+  return rows.values, rows.scales[:, 0]
+
+
+def wide_rows(out: tuple[Array, Array]) -> Array:
+  """FP8 rows as numbers."""
+  return out[0].astype(jnp.float32) * out[1][:, None]
 
 
 def copying(elements: int) -> Case:
@@ -91,6 +136,7 @@ def passing(
   job: Callable[[Array], object],
   each: float,
   value: Callable = lambda y: y,
+  kernel: Callable[[Array], object] | None = None,
 ) -> Case:
   """A pass over an array.
 
@@ -101,6 +147,7 @@ def passing(
     job: of a bfloat16 array, and of a float32 one for the reference.
     each: bytes an element, read and written.
     value: output -> array of as many rows, before the last axis, as `shape`.
+    kernel: the same in one pass, where the device and the size allow it.
   """
   keys = jax.random.split(jax.random.key(0), CALLS)
   arrays = [jax.random.normal(key, shape, jnp.bfloat16) for key in keys]
@@ -110,16 +157,19 @@ def passing(
     found = value(out)
     return found.reshape(-1, found.shape[-1])[:COMPARED].astype(jnp.float32)
 
+  jobs = {"jnp": job}
+  if kernel and kernel_for(jax.devices()[0]) == HOPPER and takes(shape, arrays[0].dtype):
+    jobs["one pass"] = kernel
   return Case(
     name,
     sizes,
     NORMAL,
-    {"jnp": chain(lambda _, x: job(x), CALLS, CALLS)},
+    {n: chain(lambda _, x, run=run: run(x), CALLS, CALLS) for n, run in jobs.items()},
     (jnp.zeros(()), (arrays,)),
     lambda results: jnp.stack([rows(out) for out in results]),
     "float32 jnp, first rows",
     calls=CALLS,
     in_flight=4,
-    bytes_moved={"jnp": each * size},
+    bytes_moved=dict.fromkeys(jobs, each * size),
     truth=lambda: jnp.stack([rows(job(x.astype(jnp.float32))) for x in arrays]),
   )

@@ -11,8 +11,9 @@ from flax import nnx
 
 from longlive_jax.config import Model
 from longlive_jax.model.attention import Cross
-from longlive_jax.model.layers import AffineNorm, Linear, Mlp, RmsNorm, gelu, xavier
-from longlive_jax.model.ops import Ops, Plan
+from longlive_jax.model.between import between_of, whole
+from longlive_jax.model.layers import AffineNorm, Linear, Mlp, RmsNorm, xavier
+from longlive_jax.model.ops import Ops, Plan, modulated_norm
 from longlive_jax.types import Array
 
 
@@ -38,12 +39,24 @@ class Attention(nnx.Module):
     """`[B, S, E] -> [B, S, N, D]`."""
     return x.reshape(*x.shape[:2], self.heads, -1)
 
-  def queries(self, x: Array, ops: Ops, prepared: bool = False) -> Array:
-    return self.split(self.norm_q(self.q(x, ops, prepared)))
+  def queries(self, x: Any, ops: Ops) -> Array:
+    """Of an input that is prepared."""
+    return self.normed(self.q, self.norm_q, x, ops)
 
   def keys_values(self, x: Any, ops: Ops) -> tuple[Array, Array]:
     """Of an input that is prepared."""
-    return self.split(self.norm_k(self.k(x, ops, True))), self.split(self.v(x, ops, True))
+    return self.normed(self.k, self.norm_k, x, ops), self.split(whole(product(self.v, x, ops)))
+
+  def normed(self, linear: Linear, norm: RmsNorm, x: Any, ops: Ops) -> Array:
+    """A projection, normalised over all heads together."""
+    y = product(linear, x, ops)
+    return self.split(between_of(ops).rms(y, norm.scale[...], norm.eps))
+
+
+def product(linear: Linear, x: Any, ops: Ops) -> Any:
+  """A linear layer of an input that is prepared; what comes next finishes it."""
+  kernel = linear.kernel.get_value()
+  return between_of(ops).product(ops, x, kernel, linear.bias[...], path=linear.path)
 
 
 class Layer(nnx.Module):
@@ -53,7 +66,7 @@ class Layer(nnx.Module):
     normal = jax.nn.initializers.normal(cfg.width**-0.5)
     self.modulation = nnx.Param(normal(rngs.params(), (6, cfg.width), jnp.float32))
     self.self_attn = Attention(cfg, "layers/self_attn", rngs)
-    self.cross_norm = AffineNorm(cfg.width, cfg.eps)
+    self.cross_norm = AffineNorm(cfg.width)
     self.cross_attn = Attention(cfg, "layers/cross_attn", rngs)
     self.ffn = Mlp((cfg.width, cfg.ffn_width, cfg.width), "layers/ffn", rngs, xavier)
     self.eps = cfg.eps
@@ -78,30 +91,26 @@ class Layer(nnx.Module):
       plan: self-attention plan.
       cache: what the plan needs, or None.
       layer: index of this layer in the cache.
-      ops: matmul, attend, norm.
+      ops: matmul, attend, between.
       cross: plan of the attention to text.
 
     Returns:
       (tokens, cache).
     """
-    batch, frames = conditions.shape[:2]
-    grouped = (batch, frames, -1, x.shape[-1])
+    between, own, other = between_of(ops), self.self_attn, self.cross_attn
     m = [p[:, :, None] for p in jnp.moveaxis(self.modulation[...] + conditions, 2, 0)]
-
-    def add(x: Array, y: Array, gate: Array) -> Array:
-      wide = x.reshape(grouped).astype(jnp.float32) + y.reshape(grouped) * gate
-      return wide.astype(x.dtype).reshape(x.shape)
-
-    y = ops.norm(x.reshape(grouped), m[1], m[0], self.eps).reshape(x.shape)
-    y = ops.prepare(y, (self.self_attn.q.path, *self.self_attn.paths))
-    k, v = self.self_attn.keys_values(y, ops)
-    out, cache = ops.attend(self.self_attn.queries(y, ops, True), k, v, cache, layer, plan)
-    x = add(x, self.self_attn.o(out.reshape(x.shape), ops), m[2])
-    q = self.cross_attn.queries(self.cross_norm(x), ops)
-    out, _ = ops.attend(q, *text, None, layer, cross)
-    x = x + self.cross_attn.o(out.reshape(x.shape), ops)
-    y = ops.norm(x.reshape(grouped), m[4], m[3], self.eps).reshape(x.shape)
-    return add(x, self.ffn.down(gelu(self.ffn.up(y, ops)), ops), m[5]), cache
+    y = between.norm(ops, x, 1.0 + m[1], m[0], self.eps, (own.q.path, *own.paths))
+    k, v = own.keys_values(y, ops)
+    out, cache = ops.attend(own.queries(y, ops), k, v, cache, layer, plan)
+    y = product(own.o, between.prepare(ops, out.reshape(x.shape), (own.o.path,)), ops)
+    affine = self.cross_norm.scale[...], self.cross_norm.bias[...]
+    x, y = between.add_norm(ops, x, y, m[2], affine, self.eps, (other.q.path,))
+    out, _ = ops.attend(other.queries(y, ops), *text, None, layer, cross)
+    y = product(other.o, between.prepare(ops, out.reshape(x.shape), (other.o.path,)), ops)
+    affine = 1.0 + m[4], m[3]
+    x, y = between.add_norm(ops, x, y, None, affine, self.eps, (self.ffn.up.path,))
+    y = between.activate(ops, product(self.ffn.up, y, ops), self.ffn.down.path)
+    return between.add(x, product(self.ffn.down, y, ops), m[5]), cache
 
 
 class Head(nnx.Module):
@@ -119,5 +128,5 @@ class Head(nnx.Module):
     batch, frames, width = embedding.shape
     shift, scale = jnp.moveaxis(self.modulation[...] + embedding[:, :, None], 2, 0)
     grouped = x.reshape(batch, frames, -1, width)
-    y = ops.norm(grouped, scale[:, :, None], shift[:, :, None], self.eps).reshape(x.shape)
+    y = modulated_norm(grouped, scale[:, :, None], shift[:, :, None], self.eps).reshape(x.shape)
     return self.proj(y, ops).astype(jnp.float32)

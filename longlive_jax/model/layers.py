@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from longlive_jax.model.ops import Ops, normalise
+from longlive_jax.model.ops import Ops
 from longlive_jax.types import Array, Initializer
 
 xavier = jax.nn.initializers.xavier_uniform()
@@ -27,37 +27,36 @@ class Linear(nnx.Module):
     self.bias = nnx.Param(jnp.zeros((size_out,), jnp.float32))
     self.path = path
 
-  def __call__(self, x: Array, ops: Ops, prepared: bool = False) -> Array:
-    """`prepared`: x has been through `ops.prepare`, for all layers that share it."""
-    x = x if prepared else ops.prepare(x, (self.path,))
+  def __call__(self, x: Array, ops: Ops) -> Array:
+    x = ops.prepare(x, (self.path,))
     kernel = self.kernel.get_value()  # an array, or a quantised one
     return ops.matmul(x, kernel, self.bias[...], path=self.path, key=ops.key_of(self.path))
 
 
+def rms_norm(x: Array, weight: Array, eps: float) -> Array:
+  """`x / rms(x) * weight` over the last axis, in float32 until the end."""
+  wide = x.astype(jnp.float32)
+  wide = wide * jax.lax.rsqrt(jnp.mean(wide * wide, -1, keepdims=True) + eps)
+  return (wide * weight).astype(x.dtype)
+
+
 class RmsNorm(nnx.Module):
-  """`x / rms(x) * scale` over the last axis, in float32."""
+  """`rms_norm` with its weight."""
 
   def __init__(self, width: int, eps: float):
     self.scale = nnx.Param(jnp.ones((width,), jnp.float32))
     self.eps = eps
 
   def __call__(self, x: Array) -> Array:
-    wide = x.astype(jnp.float32)
-    wide = wide * jax.lax.rsqrt(jnp.mean(wide * wide, -1, keepdims=True) + self.eps)
-    return (wide * self.scale[...]).astype(x.dtype)
+    return rms_norm(x, self.scale[...], self.eps)
 
 
 class AffineNorm(nnx.Module):
-  """LayerNorm with weight and bias, in float32."""
+  """Weight and bias of a LayerNorm."""
 
-  def __init__(self, width: int, eps: float):
+  def __init__(self, width: int):
     self.scale = nnx.Param(jnp.ones((width,), jnp.float32))
     self.bias = nnx.Param(jnp.zeros((width,), jnp.float32))
-    self.eps = eps
-
-  def __call__(self, x: Array) -> Array:
-    y = normalise(x, self.eps) * self.scale[...] + self.bias[...]
-    return y.astype(x.dtype)
 
 
 @jax.custom_vjp

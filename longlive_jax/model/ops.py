@@ -50,7 +50,6 @@ class Plan(Protocol):
 
 
 Attend = Callable[[Array, Array, Array, Any, Array | int, Plan], tuple[Array, Any]]
-Norm = Callable[[Array, Array, Array, float], Array]
 
 
 def row_major(x: Array) -> Array:
@@ -182,6 +181,11 @@ def normalise(x: Array, eps: float) -> Array:
   return centred * jax.lax.rsqrt(jnp.mean(centred * centred, -1, keepdims=True) + eps)
 
 
+def affine_norm(x: Array, factor: Array, shift: Array, eps: float) -> Array:
+  """`LayerNorm(x) * factor + shift` over the last axis, in float32 until the end."""
+  return (normalise(x, eps) * factor + shift).astype(x.dtype)
+
+
 def modulated_norm(x: Array, scale: Array, shift: Array, eps: float) -> Array:
   """`LayerNorm(x) * (1 + scale) + shift` over the last axis.
 
@@ -194,17 +198,18 @@ def modulated_norm(x: Array, scale: Array, shift: Array, eps: float) -> Array:
   Returns:
     Same shape and dtype as x; arithmetic in float32.
   """
-  return (normalise(x, eps) * (1.0 + scale) + shift).astype(x.dtype)
+  return affine_norm(x, 1.0 + scale, shift, eps)
 
 
 @dataclasses.dataclass(frozen=True)
 class Ops:
-  """How the network multiplies, attends and normalises.
+  """How the network multiplies and attends.
 
   Attributes:
-    matmul, attend, norm: the functions.
+    matmul, attend: the functions.
     prepare: work on the input of linear layers that is done once for all that share it.
     dense: attention without structure, which `attend` is made of.
+    between: what happens between the products of a layer, see `model/between.py`; None = plain.
     key: of whatever they draw in this step, such as the noise of stochastic rounding; None = they
       draw nothing.
     mesh: of devices that share each block of a video along "seq": the operations see a part of its
@@ -213,9 +218,9 @@ class Ops:
 
   matmul: Matmul = plain_matmul
   attend: Attend = plain_attend
-  norm: Norm = modulated_norm
   prepare: Prepare = plain_prepare
   dense: Dense = dense_attention
+  between: Any = None
   key: Array | None = None
   mesh: Mesh | None = None
 

@@ -17,9 +17,11 @@ import jax
 
 from longlive_jax.config import Quant
 from longlive_jax.kernels.matmul_choice import use_kernels
+from longlive_jax.model.between import OnePass
 from longlive_jax.model.ops import Matmul, Ops, row_major
 from longlive_jax.quant import fp8
 from longlive_jax.quant.fp8 import Rows, fp8_matmul
+from longlive_jax.quant.fp8_rows import Fp8OnePass
 from longlive_jax.quant.matmul import (
   Prepared,
   Recipe,
@@ -92,7 +94,9 @@ def quantised_ops(ops: Ops, quant: Quant, params: PyTree) -> Ops:
     return ops
   chosen = selected(linear_paths(params), quant.layers)
   if quant.linears == "fp8":
-    return dataclasses.replace(ops, matmul=matmul_of(fp8_product, chosen, ops.matmul))
+    between = Fp8OnePass(chosen) if isinstance(ops.between, OnePass) else ops.between
+    matmul = matmul_of(fp8_product, chosen, ops.matmul)
+    return dataclasses.replace(ops, matmul=matmul, between=between)
   recipe = recipe_of(quant, SEQ if ops.mesh else "")
 
   def shared(x: Array, paths: tuple[str, ...]) -> Array | Prepared:

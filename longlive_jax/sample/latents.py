@@ -47,7 +47,7 @@ def split_blocks(latents: np.ndarray, shape: tuple[int, ...]) -> list[np.ndarray
 
 
 def watched(blocks: Iterable[Array], finite: Callable[[Array], Array]) -> Iterator[Array]:
-  """Passes blocks on; each is looked at when the next one is under way, the last at the end.
+  """Passes blocks on. The first is looked at before, each other when the next is under way.
 
   Raises:
     FloatingPointError: a block with numbers that are not finite.
@@ -60,6 +60,8 @@ def watched(blocks: Iterable[Array], finite: Callable[[Array], Array]) -> Iterat
     if block is not None:
       flags.append(finite(block))
       count += 1
+      if count == 1 and not flags.pop():
+        raise not_finite(count)
       yield block
 
 

@@ -134,12 +134,16 @@ class Sampler:
     """
     latents = self.latent_blocks(scripts, first_index=first_index, images=images, prefix=prefix)
     state, waiting = None, None
-    for block in latents:
+    for number, block in enumerate(latents):
       frames, state = self.prepare(len(scripts)).decoder.decode(block, state)
       if waiting is not None:
         yield np.asarray(waiting)
-      waiting = frames
-    yield np.asarray(waiting)
+      if number == 0:  # at once: whoever fills the queue of a device may have to wait for it
+        yield np.asarray(frames)
+      else:  # when the next block is under way
+        waiting = frames
+    if waiting is not None:
+      yield np.asarray(waiting)
 
   def latent_blocks(
     self,

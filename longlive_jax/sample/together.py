@@ -1,15 +1,20 @@
 """Several executables compiled at a time: for one, XLA uses few of a machine's cores."""
 
+import functools
 import os
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Protocol
 
+# How XLA chooses algorithms on a GPU: each is timed, and not compared with the others too, which
+# takes minutes. At level 0, without any timing, a decoder that takes a second took over a minute.
+TIMED: Mapping[str, Any] = {"xla_gpu_autotune_level": 1}
+
 
 class Lowered(Protocol):
   """A function that is traced and not compiled yet, from `jax.jit(f).lower(...)`."""
 
-  def compile(self) -> Any: ...
+  def compile(self, compiler_options: Any = None) -> Any: ...
 
 
 def together[K](makers: Mapping[K, Callable[[], Any]]) -> dict[K, Any]:
@@ -24,4 +29,5 @@ def together[K](makers: Mapping[K, Callable[[], Any]]) -> dict[K, Any]:
 
 def compile_all[K](lowered: Mapping[K, Lowered]) -> dict[K, Any]:
   """Executables of traced functions."""
-  return together({name: function.compile for name, function in lowered.items()})
+  made = {name: functools.partial(each.compile, dict(TIMED)) for name, each in lowered.items()}
+  return together(made)

@@ -110,14 +110,21 @@ class Dmd(Rider):
     moves = self.done % distill.student_every == 0
     passes = plan_passes(self.schedule, drawn.cuts, distill.trained_blocks or len(drawn.cuts))
     arrays = (drawn.tokens, drawn.masks, drawn.first, last_seen(self.schedule, drawn.cuts))
-    params = replicate(self.params, self.work.mesh)  # which are there, unless parked
-    conditions = self.conditions(params, state.step, arrays, self.nothing)
-    del params
+    conditions = self.given(state, arrays)
     state, metrics = self.update(state, self.bases, conditions, passes, moves)
     self.done, self.samples = self.done + 1, self.samples + self.experiment.train.batch
     if moves:
       self.student = {n: v for n, v in metrics.items() if n.startswith("student_")}
     return state, {**self.student, **metrics}
+
+  def given(self, state: DistillState, arrays: Any) -> Conditions:
+    """What a step is given; a parked text encoder is on the devices between two steps only."""
+    parked = self.experiment.model.text.parked
+    if parked:
+      jax.block_until_ready(state)
+    params = replicate(self.params, self.work.mesh)
+    found = self.conditions(params, state.step, arrays, self.nothing)
+    return jax.block_until_ready(found) if parked else found
 
   def snapshot(self) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
     return {}, {"samples": self.samples, "files": self.feed.fingerprint}

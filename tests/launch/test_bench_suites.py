@@ -37,6 +37,8 @@ SUITES = {
     "norm and rotation of q and k": {"jnp": BFLOAT16},
     "GELU": {"jnp": BFLOAT16},
     "quantise rows to fp8": {"jnp": 0.0},
+    "GELU, rows to fp8": {"jnp": 0.05},
+    "norm and modulation, rows to fp8": {"jnp": 0.05},
   },
   "gemm": {"ffn down": GEMM},
   "sp": {

@@ -1,0 +1,235 @@
+"""What happens to rows between matrix products, each in one pass: norms, GELU, rows to FP8.
+
+Arithmetic is float32; what the network rounds to bfloat16 is rounded here too. Results differ from
+those of `jnp` by roundings: exponentials and reciprocals are the device's fast ones.
+
+Rows of FP8 have a scale each, the largest magnitude / 448.
+"""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.tree_util import register_dataclass
+
+from longlive_jax.kernels.rows import Parts, Row, RowsKernel, Tools, Tuning, each, fitting
+
+E4M3_MAX = 448.0
+GELU, NORM, ADD_NORM, RMS, QUANTISE = (
+  Tuning(4, 1),
+  Tuning(4, 2, 2),
+  Tuning(3, 1, 2),
+  Tuning(4, 2),
+  Tuning(4, 2, 3),
+)
+BF16, FP8, F32 = jnp.bfloat16, jnp.float8_e4m3fn, jnp.float32
+
+
+@functools.partial(
+  register_dataclass, data_fields=["values", "bias", "rows", "columns"], meta_fields=[]
+)
+@dataclasses.dataclass(frozen=True)
+class Product:
+  """A matrix product that is not finished: `values * rows * columns + bias`.
+
+  Attributes:
+    values: bfloat16 `[..., N]`, T rows.
+    bias: float32 `[N]`, or None.
+    rows: float32 `[T]`, scales of rows; None with `columns`.
+    columns: float32 `[N]`, scales of columns.
+  """
+
+  values: jax.Array
+  bias: jax.Array | None = None
+  rows: jax.Array | None = None
+  columns: jax.Array | None = None
+
+  def whole(self) -> jax.Array:
+    """The product as an array."""
+    y = self.values.astype(F32)
+    if self.rows is not None and self.columns is not None:
+      y = y * self.rows.reshape(*y.shape[:-1], 1) * self.columns
+    return (y if self.bias is None else y + self.bias).astype(self.values.dtype)
+
+  @property
+  def flat(self) -> jax.Array:
+    """Values `[T, N]`."""
+    return self.values.reshape(-1, self.values.shape[-1])
+
+  @property
+  def scalars(self) -> tuple[jax.Array, ...]:
+    """What a kernel is given for each row."""
+    return () if self.rows is None else (self.rows,)
+
+  @property
+  def vectors(self) -> tuple[jax.Array, ...]:
+    """What a kernel is given for each column."""
+    return tuple(each for each in (self.columns, self.bias) if each is not None)
+
+  def finished(self, part: jax.Array, scalars: Sequence[Any], vectors: Sequence[Any]) -> jax.Array:
+    """Inside a kernel: a part of a row, rounded as a whole product is; parts of `vectors`."""
+    if self.rows is not None:
+      part = part * scalars[0] * vectors[0]
+    if self.bias is not None:
+      part = part + vectors[-1]
+    return part.astype(BF16).astype(F32)
+
+
+def _run(
+  job: tuple[Any, Any],
+  tuning: Tuning,
+  rows: Sequence[jax.Array],
+  scalars: Sequence[jax.Array],
+  columns: Sequence[jax.Array],
+  outs: Sequence[jax.ShapeDtypeStruct],
+  groups: int = 1,
+) -> tuple[jax.Array, ...] | None:
+  """Results, or None where shared memory is too small."""
+  row_bytes = sum(x.shape[-1] * x.dtype.itemsize for x in rows)
+  column_bytes = sum(x.shape[-1] * x.dtype.itemsize for x in columns)
+  found = fitting(tuning, row_bytes, column_bytes)
+  if found is None:
+    found = fitting(dataclasses.replace(tuning, blocks=1, buffers=1), row_bytes, column_bytes)
+  return None if found is None else RowsKernel(*job, groups, found)(rows, scalars, columns, outs)
+
+
+def _outputs(x: jax.Array, quantise: bool) -> list[jax.ShapeDtypeStruct]:
+  if not quantise:
+    return [jax.ShapeDtypeStruct(x.shape, BF16)]
+  return [jax.ShapeDtypeStruct(x.shape, FP8), jax.ShapeDtypeStruct(x.shape[:1], F32)]
+
+
+def _result(tools: Tools, row: Parts, quantise: bool) -> tuple[Any, ...]:
+  """A row of bfloat16 parts as it leaves: as it is, or in FP8 with its scale."""
+  if not quantise:
+    return (row,)
+  largest = tools.largest(each(jnp.abs, row))
+  scale = jnp.where(largest > 0, largest, 1.0) / E4M3_MAX
+  inverse = 1.0 / scale
+  return each(lambda a: (a.astype(F32) * inverse).astype(FP8), row), scale
+
+
+def quantise_rows(x: jax.Array) -> tuple[jax.Array, ...] | None:
+  """FP8 rows and scales `[T]` of bfloat16 `[T, N]`."""
+
+  def read(tools: Tools, rows: Sequence[Row], scalars: Any, columns: Any) -> Parts:
+    return each(lambda a: a.astype(BF16), rows[0])
+
+  def finish(tools: Tools, row: Parts, scalars: Any, columns: Any) -> tuple[Any, ...]:
+    return _result(tools, row, True)
+
+  return _run((read, finish), QUANTISE, (x,), (), (), _outputs(x, True))
+
+
+def gelu_rows(y: Product) -> tuple[jax.Array, ...] | None:
+  """FP8 rows and scales of GELU (tanh approximation) of a product `[T, N]`."""
+  k = -math.sqrt(8 / math.pi) * math.log2(math.e)
+
+  def read(tools: Tools, rows: Sequence[Row], scalars: Any, columns: Sequence[Row]) -> Parts:
+    def part(a: jax.Array, *vectors: jax.Array) -> jax.Array:
+      a = y.finished(a, scalars, vectors)
+      turn = jnp.exp2(a * (k + (k * 0.044715) * (a * a)))
+      return (a * tools.reciprocal(1.0 + turn)).astype(BF16)
+
+    return each(part, rows[0], *columns)
+
+  def finish(tools: Tools, row: Parts, scalars: Any, columns: Any) -> tuple[Any, ...]:
+    return _result(tools, row, True)
+
+  x = y.flat
+  return _run((read, finish), GELU, (x,), y.scalars, y.vectors, _outputs(x, True))
+
+
+def _normalised(tools: Tools, row: Parts, factor: Row, shift: Row, eps: float) -> Parts:
+  """bfloat16 parts of LayerNorm(x) * factor + shift, of float32 ones."""
+  size = sum(part.shape[0] for part in row)
+  mean = tools.sum(row) * (1.0 / size)
+  centred = each(lambda a: a - mean, row)
+  square = tools.sum(each(lambda a: a * a, centred)) * (1.0 / size)
+  turn = jax.lax.rsqrt(square + eps)
+  return each(lambda a, f, s: (a * turn * f + s).astype(BF16), centred, factor, shift)
+
+
+def norm_rows(
+  x: jax.Array, factor: jax.Array, shift: jax.Array, eps: float, quantise: bool
+) -> tuple[jax.Array, ...] | None:
+  """`LayerNorm(x) * factor + shift` of bfloat16 `[T, N]`.
+
+  Args:
+    x: rows.
+    factor, shift: float32 `[groups, N]`, of T / groups rows each.
+    eps: of the norm.
+    quantise: FP8 rows and scales, else bfloat16 rows.
+  """
+
+  def read(tools: Tools, rows: Sequence[Row], scalars: Any, columns: Any) -> Parts:
+    return each(lambda a: a, rows[0])
+
+  def finish(tools: Tools, row: Parts, scalars: Any, columns: Sequence[Row]) -> tuple[Any, ...]:
+    return _result(tools, _normalised(tools, row, columns[0], columns[1], eps), quantise)
+
+  outs = _outputs(x, quantise)
+  return _run((read, finish), NORM, (x,), (), (factor, shift), outs, factor.shape[0])
+
+
+def add_norm_rows(
+  x: jax.Array,
+  y: Product,
+  gate: jax.Array | None,
+  factor: jax.Array,
+  shift: jax.Array,
+  eps: float,
+  quantise: bool,
+) -> tuple[jax.Array, ...] | None:
+  """x + y * gate in bfloat16, and its norm.
+
+  Args:
+    x: bfloat16 `[T, N]`.
+    y: product of the same size.
+    gate: float32 `[groups, N]`; None = 1.
+    factor, shift, eps, quantise: as for `norm_rows`; `[1, N]` serves all groups.
+
+  Returns:
+    The sum, then what `norm_rows` returns.
+  """
+  gates = () if gate is None else (gate,)
+  groups = max(each.shape[0] for each in (factor, *gates))
+  shared = tuple(a[0] if a.shape[0] == 1 else a for a in (*gates, factor, shift))
+  first = len(y.vectors)
+
+  def read(tools: Tools, rows: Sequence[Row], scalars: Any, columns: Sequence[Row]) -> Parts:
+    def part(t: jax.Array, a: jax.Array, *vectors: jax.Array) -> jax.Array:
+      t = y.finished(t, scalars, vectors[:first])
+      return (a + (t if gate is None else t * vectors[first])).astype(BF16)
+
+    return each(part, *rows, *columns[: first + len(gates)])
+
+  def finish(tools: Tools, row: Parts, scalars: Any, columns: Sequence[Row]) -> tuple[Any, ...]:
+    wide = each(lambda a: a.astype(F32), row)
+    normed = _normalised(tools, wide, columns[-2], columns[-1], eps)
+    return row, *_result(tools, normed, quantise)
+
+  outs = [jax.ShapeDtypeStruct(x.shape, BF16), *_outputs(x, quantise)]
+  columns = (*y.vectors, *shared)
+  return _run((read, finish), ADD_NORM, (y.flat, x), y.scalars, columns, outs, groups)
+
+
+def rms_rows(y: Product, weight: jax.Array, eps: float) -> tuple[jax.Array, ...] | None:
+  """bfloat16 `y / rms(y) * weight` of a product `[T, N]`; weight float32 `[N]`."""
+
+  def read(tools: Tools, rows: Sequence[Row], scalars: Any, columns: Sequence[Row]) -> Parts:
+    return each(lambda a, *v: y.finished(a, scalars, v).astype(BF16), rows[0], *columns[:-1])
+
+  def finish(tools: Tools, row: Parts, scalars: Any, columns: Sequence[Row]) -> tuple[Any, ...]:
+    wide = each(lambda a: a.astype(F32), row)
+    size = sum(part.shape[0] for part in row)
+    square = tools.sum(each(lambda a: a * a, wide)) * (1.0 / size)
+    turn = jax.lax.rsqrt(square + eps)
+    return (each(lambda a, w: (a * turn * w).astype(BF16), wide, columns[-1]),)
+
+  x = y.flat
+  return _run((read, finish), RMS, (x,), y.scalars, (*y.vectors, weight), _outputs(x, False))

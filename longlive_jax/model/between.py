@@ -1,0 +1,158 @@
+"""What a transformer layer does between its matrix products.
+
+`Between` says it in plain `jnp`, of which a compiler makes several passes over memory where a row
+is reduced. `OnePass` takes one pass each, by kernels, where rows fit them, and has no gradients.
+Either is used through `Ops.between`. Sums and norms are of `[B, S, E]`; what modulates is
+`[B, F, 1, E]` for F runs of tokens, or `[E]`.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from longlive_jax.kernels.row_jobs import Product, add_norm_rows, norm_rows, rms_rows
+from longlive_jax.kernels.rows import takes
+from longlive_jax.model.layers import gelu, rms_norm
+from longlive_jax.model.ops import Ops, affine_norm, contract
+from longlive_jax.types import Array
+
+Paths = tuple[str, ...]
+
+
+class Between:
+  """The plain definitions."""
+
+  def product(self, ops: Ops, x: Any, w: Any, bias: Array | None, *, path: str) -> Array | Product:
+    """A linear layer of an input that is prepared; what comes next may have to finish it."""
+    return ops.matmul(x, w, bias, path=path, key=ops.key_of(path))
+
+  def prepare(self, ops: Ops, x: Array, paths: Paths) -> Any:
+    """An input of the linear layers of some paths."""
+    return ops.prepare(x, paths)
+
+  def norm(self, ops: Ops, x: Array, factor: Array, shift: Array, eps: float, paths: Paths) -> Any:
+    """`LayerNorm(x) * factor + shift`, prepared for the layers of some paths."""
+    y = affine_norm(grouped(x, factor), factor, shift, eps).reshape(x.shape)
+    return ops.prepare(y, paths)
+
+  def add(self, x: Array, y: Array | Product, gate: Array | None = None) -> Array:
+    """x + y * gate, float32 until it is rounded; no gate is 1."""
+    y = whole(y)
+    if gate is None:
+      return x + y
+    wide = grouped(x, gate).astype(jnp.float32) + grouped(y, gate) * gate
+    return wide.astype(x.dtype).reshape(x.shape)
+
+  def add_norm(
+    self,
+    ops: Ops,
+    x: Array,
+    y: Array | Product,
+    gate: Array | None,
+    affine: tuple[Array, Array],
+    eps: float,
+    paths: Paths,
+  ) -> tuple[Array, Any]:
+    """What `add` gives, and the `norm` of it with (factor, shift)."""
+    x = self.add(x, y, gate)
+    return x, self.norm(ops, x, *affine, eps, paths)
+
+  def activate(self, ops: Ops, y: Array | Product, path: str) -> Any:
+    """GELU, prepared for the layer of a path."""
+    return ops.prepare(gelu(whole(y)), (path,))
+
+  def rms(self, y: Array | Product, weight: Array, eps: float) -> Array:
+    """`y / rms(y) * weight` over the last axis."""
+    return rms_norm(whole(y), weight, eps)
+
+
+class OnePass(Between):
+  """By kernels, for bfloat16."""
+
+  def product(self, ops: Ops, x: Any, w: Any, bias: Array | None, *, path: str) -> Array | Product:
+    if not (isinstance(x, jax.Array) and isinstance(w, jax.Array) and takes(w.shape, x.dtype)):
+      return super().product(ops, x, w, bias, path=path)
+    x, w = apart(x, w.astype(x.dtype))
+    return Product(contract(x, w, (x.ndim - 1, 0), x.dtype), bias)
+
+  def quantises(self, paths: Paths) -> bool:
+    """Whether the layers of these paths take rows of FP8."""
+    del paths
+    return False
+
+  def packed(self, ops: Ops, found: Sequence[Array], shape: tuple[int, ...], paths: Paths) -> Any:
+    """What kernels return, rows and perhaps their scales, as an input of the layers of `paths`."""
+    return ops.prepare(found[0].reshape(shape), paths)
+
+  def norm(self, ops: Ops, x: Array, factor: Array, shift: Array, eps: float, paths: Paths) -> Any:
+    made = None
+    if takes(x.shape, x.dtype):
+      made = norm_rows(flat(x), flat(factor), flat(shift), eps, self.quantises(paths))
+    if made is None:
+      return super().norm(ops, x, factor, shift, eps, paths)
+    return self.packed(ops, made, x.shape, paths)
+
+  def add_norm(
+    self,
+    ops: Ops,
+    x: Array,
+    y: Array | Product,
+    gate: Array | None,
+    affine: tuple[Array, Array],
+    eps: float,
+    paths: Paths,
+  ) -> tuple[Array, Any]:
+    made = None
+    if takes(x.shape, x.dtype):
+      gates = None if gate is None else flat(gate)
+      factor, shift = (flat(each) for each in affine)
+      quantise = self.quantises(paths)
+      made = add_norm_rows(flat(x), opened(y), gates, factor, shift, eps, quantise)
+    if made is None:
+      return super().add_norm(ops, x, y, gate, affine, eps, paths)
+    return made[0].reshape(x.shape), self.packed(ops, made[1:], x.shape, paths)
+
+  def rms(self, y: Array | Product, weight: Array, eps: float) -> Array:
+    y, made = opened(y), None
+    if takes(y.values.shape, y.values.dtype):
+      made = rms_rows(y, weight, eps)
+    return super().rms(y, weight, eps) if made is None else made[0].reshape(y.values.shape)
+
+
+def apart(x: Array, w: Array) -> tuple[Array, Array]:
+  """Operands of one product of several that share x.
+
+  A compiler would join them, and each time copy their weights side by side and the results apart,
+  for kernels.
+  """
+  return jax.lax.optimization_barrier((x, w))
+
+
+def grouped(x: Array, by: Array) -> Array:
+  """`[B, S, E]` as `[B, F, S / F, E]` where `by` is `[B, F, 1, E]`; else as it is."""
+  return x if by.ndim == 1 else x.reshape(*by.shape[:2], -1, x.shape[-1])
+
+
+def flat(x: Array) -> Array:
+  """`[..., E]` as `[T, E]`."""
+  return x.reshape(-1, x.shape[-1])
+
+
+def whole(y: Array | Product) -> Array:
+  """A product as an array."""
+  return y.whole() if isinstance(y, Product) else y
+
+
+def opened(y: Array | Product) -> Product:
+  """A finished product as one that lacks nothing."""
+  return y if isinstance(y, Product) else Product(y)
+
+
+_PLAIN = Between()
+
+
+def between_of(ops: Ops) -> Between:
+  """What happens between products by `Ops.between`."""
+  return ops.between or _PLAIN

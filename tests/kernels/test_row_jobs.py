@@ -1,0 +1,216 @@
+"""Passes over rows: the kernels interpreted, and what they lower to, against plain definitions."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from longlive_jax.kernels import row_jobs, rows
+from longlive_jax.kernels.row_jobs import Product
+from longlive_jax.kernels.rows import PART, Tuning, fitting, takes
+from longlive_jax.model.between import Between, OnePass
+from longlive_jax.model.layers import gelu
+from longlive_jax.model.ops import REFERENCE, affine_norm
+from longlive_jax.quant.fp8 import Rows, quantise_rows
+from longlive_jax.quant.fp8_rows import Fp8OnePass
+from tests.kernels.mosaic import interpreted, lower
+
+T, GROUPS, WIDTH, EPS = 26, 2, 2 * PART, 1e-6
+BF16, F32 = jnp.bfloat16, jnp.float32
+
+
+def draw(seed: int, *shape: int, dtype=F32, by: float = 1.0):
+  return (by * jax.random.normal(jax.random.key(seed), shape)).astype(dtype)
+
+
+def a_product(seed: int, scaled: bool) -> Product:
+  bias = draw(seed + 1, WIDTH)
+  values = draw(seed, T, WIDTH, dtype=BF16)
+  if not scaled:
+    return Product(values, bias)
+  return Product(
+    values, bias, 0.5 + jnp.abs(draw(seed + 2, T)), 0.5 + jnp.abs(draw(seed + 3, WIDTH))
+  )
+
+
+X = draw(20, T, WIDTH, dtype=BF16, by=2.0)
+GATE, FACTOR, SHIFT = (draw(seed, GROUPS, WIDTH) for seed in (30, 31, 32))
+
+
+@pytest.fixture
+def run(monkeypatch):
+  """Calls a job in the interpreter, on blocks with several rows for each warpgroup."""
+  monkeypatch.setattr(rows, "INLINE", False)
+  monkeypatch.setattr(rows.RowsKernel, "_shares", lambda self, total: 2)
+
+  def call(job, *args):
+    with interpreted():
+      return [np.asarray(each, np.float32) for each in jax.jit(job)(*args)]
+
+  return call
+
+
+def of_rows(found: list[np.ndarray]) -> np.ndarray:
+  """FP8 rows and scales as numbers."""
+  return found[0] * found[1][:, None]
+
+
+def check_rows(found: list[np.ndarray], wanted, other: float = 0.02) -> None:
+  """FP8 rows against those that `jnp` makes of `wanted`: the same codes, but for a share `other`."""
+  rows = quantise_rows(wanted)
+  values = np.asarray(rows.values, np.float32)
+  np.testing.assert_allclose(found[1], np.asarray(rows.scales[:, 0]), rtol=8e-3)
+  assert np.mean(found[0] != values) < other
+  wide = np.asarray(wanted, np.float32)
+  assert np.linalg.norm(of_rows(found) - wide) < 0.04 * np.linalg.norm(wide)
+
+
+def by_groups(x):
+  return x.reshape(GROUPS, -1, WIDTH)
+
+
+def normed(x, factor, shift):
+  return affine_norm(by_groups(x), factor[:, None], shift[:, None], EPS).reshape(x.shape)
+
+
+def test_rows_become_fp8_as_in_jnp(run):
+  zeros = X.at[3].set(0)
+  found = run(row_jobs.quantise_rows, zeros)
+  rows = quantise_rows(zeros)
+  np.testing.assert_array_equal(found[0], np.asarray(rows.values, np.float32))
+  np.testing.assert_allclose(found[1], np.asarray(rows.scales[:, 0]), rtol=1e-6)
+
+
+@pytest.mark.parametrize("scaled", [True, False])
+def test_gelu_of_a_product(run, scaled):
+  y = a_product(0, scaled)
+  check_rows(run(row_jobs.gelu_rows, y), gelu(y.whole()))
+
+
+@pytest.mark.parametrize("quantise", [True, False])
+def test_modulated_norm(run, quantise):
+  found = run(lambda *a: row_jobs.norm_rows(*a, EPS, quantise), X, FACTOR, SHIFT)
+  wanted = normed(X, FACTOR, SHIFT)
+  if quantise:
+    check_rows(found, wanted)
+  else:
+    np.testing.assert_allclose(found[0], np.asarray(wanted, np.float32), rtol=8e-3, atol=1e-6)
+
+
+@pytest.mark.parametrize("gated", [True, False])
+@pytest.mark.parametrize("quantise", [True, False])
+def test_a_residual_and_its_norm(run, gated, quantise):
+  """With a gate one factor serves all groups, as between the attentions; else each has its own."""
+  y = a_product(5, quantise)
+  gate = GATE if gated else None
+  factor, shift = (a[:1] if gated else a for a in (FACTOR, SHIFT))
+
+  def job(x, y, factor, shift):
+    return row_jobs.add_norm_rows(x, y, gate, factor, shift, EPS, quantise)
+
+  total, *found = run(job, X, y, factor, shift)
+  add = by_groups(y.whole()).astype(F32) * (GATE[:, None] if gated else 1.0)
+  wanted = (by_groups(X).astype(F32) + add).astype(BF16).reshape(X.shape)
+  np.testing.assert_allclose(total, np.asarray(wanted, np.float32), rtol=8e-3, atol=1e-6)
+  wanted = normed(jnp.asarray(total).astype(BF16), factor, shift)
+  if quantise:
+    check_rows(found, wanted)
+  else:
+    np.testing.assert_allclose(found[0], np.asarray(wanted, np.float32), rtol=8e-3, atol=1e-5)
+
+
+def test_root_mean_square_norm_of_a_product(run):
+  y, weight = a_product(9, True), draw(40, WIDTH)
+  (found,) = run(lambda y, w: row_jobs.rms_rows(y, w, EPS), y, weight)
+  wanted = Between().rms(y, weight, EPS)
+  np.testing.assert_allclose(found, np.asarray(wanted, np.float32), rtol=8e-3, atol=1e-6)
+
+
+def test_rows_that_do_not_fit_are_left_to_jnp():
+  assert takes((4, PART), BF16) and not takes((4, PART + 16), BF16) and not takes((4, PART), F32)
+  assert fitting(Tuning(8, 1), 60_000, 0).warpgroups == 3
+  assert fitting(Tuning(4, 1), 2000, 300_000) is None
+  y = Product(draw(0, 4, 48, dtype=BF16), draw(1, 48))
+  found = Fp8OnePass(frozenset({"a"})).activate(REFERENCE, y, "a")
+  np.testing.assert_array_equal(np.asarray(found), np.asarray(gelu(y.whole())))
+  assert (
+    row_jobs.norm_rows(
+      *(draw(s, 1, 64 * PART, dtype=d) for s, d in ((0, BF16), (1, F32), (2, F32))), EPS, False
+    )
+    is None
+  )
+
+
+def test_a_layer_in_one_pass_is_the_plain_layer(run):
+  """All that `OnePass` and `Fp8OnePass` do, by their names, against `Between`."""
+  plain, fast = Between(), Fp8OnePass(frozenset({"up", "down"}))
+  x, m = X.reshape(1, T, WIDTH), GATE[None, :, None]
+  y = a_product(5, True)
+  y = Product(y.values.reshape(x.shape), y.bias, y.rows, y.columns)
+
+  def job(x, m, y):
+    total, rows = fast.add_norm(REFERENCE, x, y, m, (1.0 + m, m), EPS, ("up",))
+    kept = OnePass().norm(REFERENCE, x, 1.0 + m, m, EPS, ("up",))
+    down = fast.activate(REFERENCE, y, "down")
+    out = fast.prepare(REFERENCE, x, ("up",))
+    assert isinstance(rows, Rows) and isinstance(down, Rows) and isinstance(out, Rows)
+    wide = [each.values.astype(F32) * each.scales for each in (rows, down, out)]
+    return total, kept, *wide
+
+  found = run(job, x, m, y)
+  total, rows = plain.add_norm(REFERENCE, x, y, m, (1.0 + m, m), EPS, ("up",))
+  kept = plain.norm(REFERENCE, x, 1.0 + m, m, EPS, ("up",))
+  wanted = (total, kept, rows, plain.activate(REFERENCE, y, "down"), x)
+  for a, b, bound in zip(found, wanted, (0.005, 0.005, 0.04, 0.04, 0.04), strict=True):
+    b = np.asarray(b, np.float32)
+    assert a.shape == b.shape
+    assert np.linalg.norm(a - b) < bound * np.linalg.norm(b)
+
+
+@pytest.mark.parametrize("width", [3072, 14336])
+def test_real_sizes_lower_for_hopper(monkeypatch, width):
+  def shape(*sizes, dtype=F32):
+    return jax.ShapeDtypeStruct(sizes, dtype)
+
+  tokens = 7040
+  y = Product(shape(tokens, width, dtype=BF16), shape(width), shape(tokens), shape(width))
+  assert "mosaic_gpu" in lower(monkeypatch, row_jobs.gelu_rows, y)
+  if width == 3072:
+    x, each = shape(tokens, width, dtype=BF16), shape(8, width)
+    job = lambda x, y, g, f, s: row_jobs.add_norm_rows(x, y, g, f, s, EPS, True)  # noqa: E731
+    assert "mosaic_gpu" in lower(monkeypatch, job, x, y, each, each, each)
+
+
+@pytest.mark.gpu
+def test_real_sizes_on_a_hopper_gpu():
+  tokens, groups, width, wide = 7040, 8, 3072, 14336
+  y, up = (
+    Product(
+      draw(seed, tokens, size, dtype=BF16, by=2.0),
+      draw(seed + 1, size, by=0.5),
+      0.5 + jnp.abs(draw(seed + 2, tokens, by=0.1)),
+      0.7 + jnp.abs(draw(seed + 3, size, by=0.1)),
+    )
+    for seed, size in ((0, width), (10, wide))
+  )
+  x = draw(20, tokens, width, dtype=BF16, by=3.0)
+  gate, factor, shift = (draw(seed, groups, width, by=0.3) for seed in (30, 31, 32))
+  jobs = {
+    "rows": (lambda: row_jobs.quantise_rows(x), x),
+    "GELU": (lambda: row_jobs.gelu_rows(up), gelu(up.whole())),
+  }
+  for job, wanted in jobs.values():
+    check_rows([np.asarray(each, np.float32) for each in jax.jit(job)()], wanted, 0.06)
+  for _ in range(20):  # a race would not show every time
+    total, *found = jax.jit(row_jobs.add_norm_rows, static_argnums=(5, 6))(
+      x, y, gate, factor, shift, EPS, True
+    )
+    add = (y.whole().reshape(groups, -1, width).astype(F32) * gate[:, None]).reshape(x.shape)
+    wanted = (x.astype(F32) + add).astype(BF16)
+    np.testing.assert_allclose(
+      np.asarray(total, np.float32), np.asarray(wanted, np.float32), rtol=8e-3, atol=1e-6
+    )
+    normal = affine_norm(
+      total.reshape(groups, -1, width), factor[:, None], shift[:, None], EPS
+    ).reshape(x.shape)
+    check_rows([np.asarray(each, np.float32) for each in found], normal, 0.06)
