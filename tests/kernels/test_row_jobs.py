@@ -56,7 +56,7 @@ def of_rows(found: list[np.ndarray]) -> np.ndarray:
 
 
 def check_rows(found: list[np.ndarray], wanted, other: float = 0.02) -> None:
-  """FP8 rows against those that `jnp` makes of `wanted`: the same codes, but for a share `other`."""
+  """FP8 rows against those that `jnp` makes of `wanted`, but for a share of other codes."""
   rows = quantise_rows(wanted)
   values = np.asarray(rows.values, np.float32)
   np.testing.assert_allclose(found[1], np.asarray(rows.scales[:, 0]), rtol=8e-3)
