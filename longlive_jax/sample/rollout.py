@@ -124,7 +124,7 @@ class Engine:
       "copy": jit(functools.partial(jax.tree.map, jnp.copy)).lower(caches),
       "select": jit(_select, donate_argnums=1).lower(rows, caches, caches),
     }
-    made = compile_all(lowered)
+    made = compile_all(lowered, first=("commit", 1))
     self.text_kv, self.empty = made["text_kv"], made["empty"]
     self.copy, self.select = made["copy"], made["select"]
     self.denoise, self.commit = (

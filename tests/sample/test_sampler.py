@@ -229,6 +229,16 @@ def test_weights_that_are_not_finite_are_noticed_before_a_frame_is_shown(sampler
     next(broken(sampler, dit=dit).stream(SCRIPT))
 
 
+def test_the_first_frames_come_before_the_second_block_begins(
+  sampler: Sampler, monkeypatch: pytest.MonkeyPatch
+):
+  run, begun = sampler.prepare(), []
+  step = run.engine.next_block
+  monkeypatch.setattr(run.engine, "next_block", lambda *args: begun.append(1) or step(*args))
+  seen = [(len(frames), len(begun)) for frames in sampler.stream(Script.of("one", blocks=4))]
+  assert seen == [(5, 1), (8, 3), (8, 4), (8, 4)]  # later ones when the next is under way
+
+
 def test_a_block_that_goes_bad_is_named_and_those_before_it_are_shown(
   sampler: Sampler, monkeypatch: pytest.MonkeyPatch
 ):
