@@ -24,7 +24,8 @@ from longlive_jax.model.vae import declare_vae
 from longlive_jax.parallel.mesh import sampling_mesh
 from longlive_jax.parallel.parked import in_pieces, parked
 from longlive_jax.parallel.rules import RULES, WHOLE, Rule, shardings_of
-from longlive_jax.parallel.share import shared_ops
+from longlive_jax.parallel.share import AS_THEY_ARE, Travel, shared_ops
+from longlive_jax.quant.fp8 import from_bytes, to_bytes
 from longlive_jax.quant.fp8_attention import fp8_attention
 from longlive_jax.quant.policy import quantise_params, quantised_ops
 from longlive_jax.sample.sampler import Models, Sampler
@@ -85,6 +86,11 @@ def sampling_ops(experiment: Experiment, local: bool = False) -> Ops:
   if not asked or experiment.model.dtype != "bfloat16" or not use_kernels("on", local):
     return ops
   return dataclasses.replace(ops, between=OnePass())
+
+
+def travel_of(experiment: Experiment) -> Travel:
+  """How devices that share a block exchange its queries, keys and values."""
+  return Travel(to_bytes, from_bytes) if experiment.parallel.exchange == "fp8" else AS_THEY_ARE
 
 
 def unrolls(experiment: Experiment) -> bool:
@@ -164,7 +170,7 @@ def build_models(
   """
   networks, rules = declare_networks(experiment), WHOLE if shared else RULES
   ops = choose(experiment)
-  ops = shared_ops(ops, mesh) if mesh and shared else ops
+  ops = shared_ops(ops, mesh, travel_of(experiment)) if mesh and shared else ops
   ops = ops if plain else quantised_ops(ops, experiment.quant, networks["dit"].abstract)
   tokenizer = load_tokenizer(experiment.model.text)
   make = functools.partial(_params, experiment, mesh=mesh, rules=rules, narrow=narrow)

@@ -14,6 +14,7 @@ SOURCES = ("shapes", "videos", "latents", "scripts")
 ROLES = ("student", "teacher", "critic")
 FITS = ("crop", "stretch")
 LAYOUTS = ("balanced", "plain")
+EXCHANGES = ("none", "fp8")
 
 
 def check_training(experiment: Experiment) -> None:
@@ -146,6 +147,7 @@ def check_parallel(experiment: Experiment) -> None:
   """A clip or a block can be shared by so many devices, and a batch by so many groups of them."""
   parallel, train = experiment.parallel, experiment.train
   check_choice("parallel.layout", parallel.layout, LAYOUTS)
+  check_choice("parallel.exchange", parallel.exchange, EXCHANGES)
   seq = parallel.seq
   if seq not in block_seq(experiment):  # else it is right in sampling
     check_shared_clip(experiment)

@@ -249,6 +249,7 @@ class Parallel(Section):
   layout: str = "balanced"
   chunk_vae: bool = True  # each of them encodes its own part of a clip; off = all encode all of it
   halo_latents: int = 27  # encoded to the left of a part for its sake; 27 is exact
+  exchange: str = "none"  # none | fp8: how sampling sends queries, keys, values between devices
 
 
 @dataclasses.dataclass(unsafe_hash=True)

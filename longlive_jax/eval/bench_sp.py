@@ -18,14 +18,21 @@ from longlive_jax.eval.bench import Case, chain
 from longlive_jax.eval.bench_attention import attention_flops, draw, plain_attention
 from longlive_jax.model.ops import Dense
 from longlive_jax.parallel.mesh import make_mesh
-from longlive_jax.parallel.share import LATENTS, exchanged, island
-from longlive_jax.parallel.ulysses import to_heads
+from longlive_jax.parallel.share import AS_THEY_ARE, LATENTS, Travel, exchanged, island, to_heads
+from longlive_jax.quant.fp8 import from_bytes, to_bytes
 from longlive_jax.types import SEQ, Array
 
 NORMAL = "normal(0, 1), seed 0"
 HEADS = P(None, None, SEQ)  # [B, S, N, D]
 CALLS = 8  # exchanges in one executable
 COMPARED = 64  # tokens
+FP8 = Travel(to_bytes, from_bytes)
+
+
+def ways(mesh: Mesh) -> dict[str, Travel]:
+  """Implementations by name."""
+  name = f"{mesh.size} devices"
+  return {name: AS_THEY_ARE, f"{name} in fp8": FP8}
 
 
 def sharing(experiment: Experiment, devices: int) -> int:
@@ -60,10 +67,11 @@ def cases(experiment: Experiment) -> Iterator[Case]:
   yield ulysses(mesh, tokens, keys, (model.heads, model.head_dim))
 
 
-def sent(mesh: Mesh, elements: int) -> float:
-  """Bytes that a device sends when so many bfloat16 numbers of all change their split axis."""
+def sent(mesh: Mesh, elements: int, head_dim: int) -> dict[str, float]:
+  """Bytes that a device sends when so many numbers of all change their split axis, by way."""
   ranks = mesh.size
-  return 2.0 * elements / ranks * (ranks - 1) / ranks
+  moved = elements / ranks * (ranks - 1) / ranks
+  return dict(zip(ways(mesh), (2.0 * moved, moved * (1 + 4 / head_dim)), strict=True))
 
 
 def exchange(mesh: Mesh, shape: tuple[int, int, int, int]) -> Case:
@@ -72,20 +80,24 @@ def exchange(mesh: Mesh, shape: tuple[int, int, int, int]) -> Case:
   lists = [
     [jax.device_put(draw(3 * call + i, *shape), place) for call in range(CALLS)] for i in range(3)
   ]
-  job = chain(lambda _, q, k, v: to_heads(q, k, v), CALLS, CALLS)
-  name, elements = f"{mesh.size} devices", 3 * lists[0][0].size
+  elements = 3 * lists[0][0].size
+
+  def job(travel: Travel) -> Any:
+    run = chain(lambda _, q, k, v: to_heads(q, k, v, travel), CALLS, CALLS)
+    return island(run, mesh, (P(), LATENTS), P(None, *HEADS))
+
   own = jnp.stack([jax.device_put(a[0], jax.devices()[0])[:, :COMPARED] for a in lists])
   return Case(
     "q, k and v from tokens to heads",
     {"tokens": shape[1], "heads": shape[2], "head_dim": shape[3], "devices": mesh.size},
     NORMAL,
-    {name: island(job, mesh, (P(), LATENTS), P(None, *HEADS))},
+    {name: job(travel) for name, travel in ways(mesh).items()},
     (jax.device_put(jnp.zeros(()), NamedSharding(mesh, P())), tuple(lists)),
     lambda results: results[0][:, :, :COMPARED],
     "the same numbers on one device",
     calls=CALLS,
-    bytes_moved={name: sent(mesh, elements)},
-    more={name: {"devices": mesh.size}},
+    bytes_moved=sent(mesh, elements, shape[3]),
+    more={name: {"devices": mesh.size} for name in ways(mesh)},
     truth=lambda: own,
   )
 
@@ -103,16 +115,19 @@ def ulysses(mesh: Mesh, queries: int, keys: int, heads: tuple[int, int]) -> Case
   """A block against a full window whose heads are split: two exchanges and the attention."""
   block = tuple(draw(seed, 1, queries, *heads) for seed in range(3))
   window = tuple(draw(3 + seed, 1, keys, *heads) for seed in range(2))
-  name, (kind, dense) = f"{mesh.size} devices", plain_attention()
-  attend, width = exchanged(dense), heads[0] * heads[1]
+  (kind, dense), width = plain_attention(), heads[0] * heads[1]
 
   def alone(block: tuple[Array, Array, Array], window: tuple[Array, Array]) -> Any:
     q, k, v = block
     return Window().attend(dense, q, k, v, window, 0)
 
-  def together(block: tuple[Array, Array, Array], window: tuple[Array, Array]) -> Any:
-    q, k, v = block
-    return attend(q, k, v, window, 0, Window())
+  def together(travel: Travel) -> Any:
+    attend = exchanged(dense, travel)
+
+    def run(block: tuple[Array, Array, Array], window: tuple[Array, Array]) -> Any:
+      return attend(*block, window, 0, Window())
+
+    return island(run, mesh, (LATENTS, HEADS), (LATENTS, HEADS))
 
   shares = tuple(
     jax.device_put(arrays, NamedSharding(mesh, spec))
@@ -122,15 +137,13 @@ def ulysses(mesh: Mesh, queries: int, keys: int, heads: tuple[int, int]) -> Case
     "Ulysses attention",
     {"queries": queries, "keys": keys, "heads": heads[0], "head_dim": heads[1]},
     NORMAL,
-    {
-      "one device": alone,
-      name: island(together, mesh, (LATENTS, HEADS), (LATENTS, HEADS)),
-    },
+    {"one device": alone} | {name: together(travel) for name, travel in ways(mesh).items()},
     (),
     lambda out: out[0],
     "one device",
     flops=attention_flops(queries, keys, width),
-    bytes_moved={name: sent(mesh, 4 * queries * width)},
-    more={"one device": {"devices": 1, "by": kind}, name: {"devices": mesh.size, "by": kind}},
-    own={"one device": (block, window), name: shares},
+    bytes_moved=sent(mesh, 4 * queries * width, heads[1]),
+    more={"one device": {"devices": 1, "by": kind}}
+    | {name: {"devices": mesh.size, "by": kind} for name in ways(mesh)},
+    own={"one device": (block, window)} | dict.fromkeys(ways(mesh), shares),
   )

@@ -28,17 +28,29 @@ from longlive_jax.types import SEQ, Array, PyTree
 LATENTS = P(None, SEQ)  # [B, F, ...]
 
 
-def shared_ops(ops: Ops, mesh: Mesh) -> Ops:
+@dataclasses.dataclass(frozen=True)
+class Travel:
+  """How queries, keys, values and results `[..., D]` are sent: `pack(x)`, `unpack(sent, dtype)`."""
+
+  pack: Callable[[Array], Array] = lambda x: x
+  unpack: Callable[[Array, Any], Array] = lambda sent, dtype: sent
+
+
+AS_THEY_ARE = Travel()
+
+
+def shared_ops(ops: Ops, mesh: Mesh, travel: Travel = AS_THEY_ARE) -> Ops:
   """The same operations on a part of a block's latents, for `island`.
 
   Args:
     ops: of one device.
     mesh: its axis "seq" divides the latents of a block and the heads.
+    travel: how they are exchanged.
   """
-  return dataclasses.replace(ops, attend=exchanged(ops.dense), mesh=mesh)
+  return dataclasses.replace(ops, attend=exchanged(ops.dense, travel), mesh=mesh)
 
 
-def exchanged(dense: Dense) -> Attend:
+def exchanged(dense: Dense, travel: Travel = AS_THEY_ARE) -> Attend:
   """The attention entry inside an island: two exchanges, but for the attention to text."""
 
   def attend(
@@ -46,12 +58,19 @@ def exchanged(dense: Dense) -> Attend:
   ) -> tuple[Array, Any]:
     if isinstance(plan, Cross):
       return plan.attend(dense, q, k, v, cache, layer)
-    qkv = jnp.stack([q, k, v])
-    q, k, v = jax.lax.all_to_all(qkv, SEQ, split_axis=3, concat_axis=2, tiled=True)
+    q, k, v = to_heads(q, k, v, travel)
     out, cache = plan.attend(dense, q, k, v, cache, layer)
-    return jax.lax.all_to_all(out, SEQ, split_axis=1, concat_axis=2, tiled=True), cache
+    sent = jax.lax.all_to_all(travel.pack(out), SEQ, split_axis=1, concat_axis=2, tiled=True)
+    return travel.unpack(sent, out.dtype), cache
 
   return attend
+
+
+def to_heads(q: Array, k: Array, v: Array, travel: Travel = AS_THEY_ARE) -> Array:
+  """`[3, B, S, N / P, D]` of q, k and v `[B, S / P, N, D]`, in one exchange."""
+  sent = travel.pack(jnp.stack([q, k, v]))
+  sent = jax.lax.all_to_all(sent, SEQ, split_axis=3, concat_axis=2, tiled=True)
+  return travel.unpack(sent, q.dtype)
 
 
 def island(

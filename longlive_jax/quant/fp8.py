@@ -53,6 +53,20 @@ def quantise_rows(x: Array, *, stored: bool = False) -> Rows:
   return Rows(values, scales)
 
 
+def to_bytes(x: Array) -> Array:
+  """Rows `[..., K]` in FP8 with their scales, uint8 `[..., K + 4]`: one array, to be sent."""
+  rows = quantise_rows(x)
+  scales = jax.lax.bitcast_convert_type(rows.scales, jnp.uint8).reshape(*x.shape[:-1], 4)
+  return jnp.concatenate([jax.lax.bitcast_convert_type(rows.values, jnp.uint8), scales], -1)
+
+
+def from_bytes(sent: Array, dtype: jax.typing.DTypeLike) -> Array:
+  """The rows that `to_bytes` made, in `dtype`."""
+  values = jax.lax.bitcast_convert_type(sent[..., :-4], jnp.float8_e4m3fn)
+  scales = jax.lax.bitcast_convert_type(sent[..., -4:], jnp.float32)
+  return (values.astype(jnp.float32) * scales[..., None]).astype(dtype)
+
+
 def quantise_weight(w: Array) -> Rows:
   """A weight `[..., in, out]` by output channels, `[..., out, in]`."""
   return quantise_rows(jnp.swapaxes(w, -1, -2))

@@ -5,8 +5,10 @@ import functools
 import re
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import PartitionSpec as P
 
 from longlive_jax.build import Pipeline
 from longlive_jax.config import Experiment, Quant
@@ -14,14 +16,16 @@ from longlive_jax.config.load import from_flags, from_json, to_json
 from longlive_jax.data.prompts import Script, Shot
 from longlive_jax.model import solvers
 from longlive_jax.model.dit import declare_dit, separate_layers
-from longlive_jax.model.ops import REFERENCE, Ops
+from longlive_jax.model.ops import REFERENCE, Ops, dense_attention
+from longlive_jax.parallel import share
 from longlive_jax.parallel.mesh import make_mesh, replicate, sampling_mesh
-from longlive_jax.parallel.share import LATENTS, island, shared_ops
+from longlive_jax.parallel.share import LATENTS, Travel, island, shared_ops
+from longlive_jax.quant.fp8 import from_bytes, to_bytes
 from longlive_jax.quant.policy import quantise_params, quantised_ops
 from longlive_jax.sample.block import Denoiser
 from longlive_jax.sample.rollout import Engine, RolloutState
 from longlive_jax.sample.sampler import Sampler
-from longlive_jax.types import Array, PyTree
+from longlive_jax.types import SEQ, Array, PyTree
 from tests.sample.compiles import counting
 from tests.sample.tiny import experiment, models, shaken
 
@@ -120,6 +124,43 @@ def test_the_video_is_that_of_one_device(name: str):
   assert state.states == alone.states and np.std(expected) > 0.3
 
 
+class Window:
+  """A plan of attention to keys and values that are there already; hands back the block's own."""
+
+  def attend(self, dense, q, k, v, cache, layer):
+    return dense(q, *cache), (k, v)
+
+
+def attended(travel: Travel) -> tuple[list[np.ndarray], list[tuple[str, int]]]:
+  """Attention on two devices, its keys and values; dtype and elements of what they send."""
+  mesh = make_mesh(1, seq=2, devices=jax.devices()[:2])
+  q, k, v, *cache = (
+    jax.random.normal(jax.random.key(s), (1, 8 if s < 3 else 24, 4, 128), jnp.bfloat16)
+    for s in range(5)
+  )
+  attend, heads = share.exchanged(dense_attention, travel), P(None, None, SEQ)
+
+  def run(q, k, v, cache):
+    return attend(q, k, v, cache, 0, Window())
+
+  run = island(run, mesh, (*[LATENTS] * 3, heads), (LATENTS, heads))
+  compiled = jax.jit(run).lower(q, k, v, cache).compile()
+  found = [np.asarray(a, np.float32) for a in jax.tree.leaves(compiled(q, k, v, cache))]
+  sent = re.findall(r"= \(?(\w+)\[([\d,]+)\]\S*.*? all-to-all\(", compiled.as_text())
+  return found, [(kind, int(np.prod([int(n) for n in sizes.split(",")]))) for kind, sizes in sent]
+
+
+def test_an_exchange_in_fp8_sends_half_the_bytes_and_changes_little():
+  (found, sent), (wanted, plain) = (
+    attended(travel) for travel in (Travel(to_bytes, from_bytes), share.AS_THEY_ARE)
+  )
+  assert [kind for kind, _ in sent] == ["u8", "u8"] and len(plain) == 2
+  for (_, numbers), (_, elements) in zip(sent, plain, strict=True):
+    assert numbers == elements * (128 + 4) / 128
+  for ours, exact in zip(found, wanted, strict=True):
+    assert 1e-3 < np.linalg.norm(ours - exact) / np.linalg.norm(exact) < 0.06
+
+
 @pytest.mark.parametrize("name", CASES)
 def test_latents_are_whole_and_caches_are_split_over_heads(name: str):
   engine, seq = made(name, True)[0], CASES[name][0]
@@ -196,6 +237,22 @@ def test_a_pipeline_makes_the_video_of_one_device():
     first = next(shared.latent_blocks([SCRIPT]))
   assert not counts and first.sharding.is_fully_replicated
   assert np.abs(frames.astype(int) - expected).max() <= 1
+
+
+def test_the_exchange_is_a_setting():
+  parts = models(experiment(window_latents=4, pin_shots=False))
+  made = {}
+  for exchange in ("none", "fp8"):
+    config = from_json(to_json(parts.experiment))
+    config.parallel.seq, config.parallel.exchange = 2, exchange
+    pipeline = Pipeline.from_config(from_flags(config))
+    params = replicate(parts.params, sampling_mesh(pipeline.experiment))
+    made[exchange] = Sampler(dataclasses.replace(pipeline.models, params=params))
+  exact, near = (np.asarray(next(made[each].latent_blocks([SCRIPT]))) for each in ("none", "fp8"))
+  assert 1e-5 < np.linalg.norm(near - exact) / np.linalg.norm(exact) < 0.1
+  config.parallel.exchange = "fp4"
+  with pytest.raises(ValueError, match=r"parallel\.exchange='fp4' must be one of fp8, none"):
+    Pipeline.from_config(from_flags(config))
 
 
 @pytest.mark.parametrize(
