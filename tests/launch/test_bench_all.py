@@ -1,0 +1,158 @@
+"""The rows that are measured in one go: how they share GPUs, and that their commands are right."""
+
+import json
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from launch.lanes import Ended, Job, run_jobs
+
+# reads the flags of each line in a process of its own, with the program imported once
+PARSE = """
+import importlib, json, os, sys
+from absl import flags
+from longlive_jax.config.load import from_flags
+module, *lines = sys.argv[1:]
+importlib.import_module(module)
+for line in lines:
+  child = os.fork()
+  if child:
+    assert os.waitpid(child, 0)[1] == 0, line
+    continue
+  try:
+    sys.argv = [module, *json.loads(line)]
+    flags.FLAGS(sys.argv)
+    if "config" in flags.FLAGS:
+      from_flags(flags.FLAGS["config"].value)
+  except BaseException as error:
+    print(error, file=sys.stderr, flush=True)
+    os._exit(1)
+  os._exit(0)
+print(len(lines))
+"""
+
+
+def code(text: str) -> tuple[str, ...]:
+  return "-c", text
+
+
+def said(folder: Path, name: str) -> str:
+  return (folder / f"{name}.log").read_text()
+
+
+SHOW = code("import os; print(os.environ['CUDA_VISIBLE_DEVICES'])")
+
+
+def test_jobs_share_the_gpus_and_programs_of_one_follow_each_other(tmp_path):
+  jobs = [
+    Job("pair", 2, (SHOW, code("print('then')"))),
+    Job("one", 1, (SHOW,)),
+    Job("bad", 1, (code("import sys; sys.exit(3)"), code("print('never')"))),
+  ]
+  found = {ended.job.name: ended for ended in run_jobs(jobs, ["4", "7"], tmp_path)}
+  assert {name: ended.code for name, ended in found.items()} == {"pair": 0, "one": 0, "bad": 3}
+  assert said(tmp_path, "pair") == "4,7\nthen\n" and said(tmp_path, "one") in ("4\n", "7\n")
+  assert said(tmp_path, "bad") == "" and found["pair"].gpus == ("4", "7")
+
+
+def test_two_run_at_a_time_and_one_that_takes_too_long_is_ended(tmp_path):
+  wait = code("import time; time.sleep(60)")
+  meet = code(
+    "import pathlib, sys, time\n"
+    f"here = pathlib.Path({str(tmp_path)!r})\n"
+    "(here / 'there').touch()\n"
+    "while not (here / 'seen').exists(): time.sleep(0.05)"
+  )
+  see = code(
+    "import pathlib, time\n"
+    f"here = pathlib.Path({str(tmp_path)!r})\n"
+    "while not (here / 'there').exists(): time.sleep(0.05)\n"
+    "(here / 'seen').touch()"
+  )
+  jobs = [Job("long", 1, (wait,), seconds=1.0), Job("meet", 1, (meet,)), Job("see", 1, (see,))]
+  began = time.monotonic()
+  found: list[Ended] = list(run_jobs(jobs, ["0", "1"], tmp_path))
+  assert {ended.job.name: ended.code == 0 for ended in found} == {
+    "long": False,
+    "meet": True,
+    "see": True,
+  }
+  assert "ended after 1 s" in said(tmp_path, "long") and time.monotonic() - began < 30
+
+
+def test_leaving_early_ends_what_runs_and_too_few_gpus_are_named(tmp_path):
+  note = code(
+    "import os, pathlib, time\n"
+    f"pathlib.Path({str(tmp_path / 'pid')!r}).write_text(str(os.getpid()))\n"
+    "time.sleep(60)"
+  )
+  running = run_jobs([Job("quick", 1, (SHOW,)), Job("stays", 1, (note,))], ["0", "1"], tmp_path)
+  next(running)
+  while not (tmp_path / "pid").exists() or not (tmp_path / "pid").read_text():
+    time.sleep(0.05)
+  running.close()
+  with pytest.raises(ProcessLookupError):
+    os.kill(int((tmp_path / "pid").read_text()), 0)
+  with pytest.raises(ValueError, match="pair needs 2 GPUs; there are 1"):
+    list(run_jobs([Job("pair", 2, (SHOW,))], ["0"], tmp_path))
+
+
+def test_every_row_is_a_command_that_its_program_takes(root, tmp_path):
+  command = (sys.executable, "-m", "launch.bench_all", "--list", f"--out={tmp_path}")
+  listed = subprocess.run(command, capture_output=True, text=True, check=True, cwd=root).stdout
+  by_program: dict[str, list[str]] = {}
+  for line in listed.splitlines():
+    _, module, *arguments = shlex.split(line.partition(" python ")[2])
+    by_program.setdefault(module, []).append(json.dumps(arguments))
+  assert set(by_program) == {
+    f"launch.{n}" for n in ("bench", "bench_rollout", "bench_serve", "train")
+  }
+  runs = {
+    module: subprocess.Popen(
+      (sys.executable, "-c", PARSE, module, *lines), stdout=subprocess.PIPE, cwd=root
+    )
+    for module, lines in by_program.items()
+  }
+  for module, lines in by_program.items():
+    out, _ = runs[module].communicate()
+    assert out.decode().splitlines()[-1] == str(len(lines)), module
+
+
+@pytest.mark.parametrize(
+  ("given", "line"),
+  [
+    (("--only=nonsense",), "--only=nonsense is in the name of no row; the rows are two_2steps"),
+    (("--gpus=0,0",), "--gpus=0,0 names one twice"),
+    ((), "no GPU can be seen with nvidia-smi: name some with --gpus=0,1"),
+    (("--gpus=0", "--out=/proc/x"), "/proc"),
+  ],
+)
+def test_bad_flags_give_one_line(program, monkeypatch, given, line):
+  monkeypatch.setenv("PATH", "/nowhere")
+  done = program("bench_all", *given)
+  assert done.code == 2 and line in done.stderr and done.stderr.count("\n") == 1
+
+
+def test_a_row_that_fails_is_named_and_what_runs_ends_with_the_program(program, tmp_path, root):
+  done = program("bench_all", "--gpus=0", f"--out={tmp_path}", "--only=two_2steps")
+  assert done.code == 0 and done.stdout.count("left out: it needs 2 GPUs") == 2
+  command = (
+    sys.executable,
+    "-m",
+    "launch.bench_all",
+    "--gpus=0",
+    f"--out={tmp_path}",
+    "--only=gemm",
+  )
+  running = subprocess.Popen(command, cwd=root, stdout=subprocess.DEVNULL)
+  while not (tmp_path / "gemm.log").exists():
+    time.sleep(0.1)
+  running.send_signal(signal.SIGTERM)
+  assert running.wait(timeout=30) == 143
+  assert not (tmp_path / "gemm.done").exists() and not (tmp_path / "gemm.jsonl").exists()
