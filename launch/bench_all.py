@@ -17,7 +17,7 @@ from pathlib import Path
 
 from absl import flags
 
-from launch.lanes import Job, run_jobs
+from launch.lanes import Job, measure
 from longlive_jax.config.load import run_main
 from longlive_jax.io.atomic import check_writable
 
@@ -107,25 +107,6 @@ def found_gpus() -> list[str]:
   except (OSError, subprocess.CalledProcessError) as error:
     raise ValueError("no GPU can be seen with nvidia-smi: name some with --gpus=0,1") from error
   return [str(number) for number in range(len(done.stdout.splitlines()))]
-
-
-def measure(jobs: list[Job], gpus: list[str], folder: Path) -> None:
-  """Measures rows and says what became of each.
-
-  Raises:
-    SystemExit: some failed.
-  """
-  failed = []
-  for ended in run_jobs(jobs, gpus, folder):
-    name, code = ended.job.name, ended.code
-    said = "measured" if code == 0 else f"failed with {code}, see {folder / name}.log"
-    print(f"{name:20} {ended.seconds:7.1f} s on GPU {','.join(ended.gpus)}: {said}", flush=True)
-    if code == 0:
-      (folder / f"{name}.done").touch()
-    else:
-      failed.append(name)
-  if failed:
-    sys.exit(f"error: {len(failed)} of {len(jobs)} rows failed: {', '.join(failed)}")
 
 
 def chosen_rows() -> list[Job]:

@@ -129,3 +129,22 @@ def run_jobs(jobs: Sequence[Job], gpus: Sequence[str], folder: Path) -> Iterator
     for one in running:
       one.stop()
       one.log.close()
+
+
+def measure(jobs: list[Job], gpus: list[str], folder: Path) -> None:
+  """Measures rows and says what became of each.
+
+  Raises:
+    SystemExit: some failed.
+  """
+  failed = []
+  for ended in run_jobs(jobs, gpus, folder):
+    name, code = ended.job.name, ended.code
+    said = "measured" if code == 0 else f"failed with {code}, see {folder / name}.log"
+    print(f"{name:20} {ended.seconds:7.1f} s on GPU {','.join(ended.gpus)}: {said}", flush=True)
+    if code == 0:
+      (folder / f"{name}.done").touch()
+    else:
+      failed.append(name)
+  if failed:
+    sys.exit(f"error: {len(failed)} of {len(jobs)} rows failed: {', '.join(failed)}")

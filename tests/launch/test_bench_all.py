@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from launch.lanes import Ended, Job, run_jobs
+from launch.lanes import Ended, Job, measure, run_jobs
 
 # reads the flags of each line in a process of its own, with the program imported once
 PARSE = """
@@ -139,7 +139,9 @@ def test_bad_flags_give_one_line(program, monkeypatch, given, line):
   assert done.code == 2 and line in done.stderr and done.stderr.count("\n") == 1
 
 
-def test_a_row_that_fails_is_named_and_what_runs_ends_with_the_program(program, tmp_path, root):
+def test_rows_that_do_not_fit_are_left_out_and_what_runs_ends_with_the_program(
+  program, tmp_path, root
+):
   done = program("bench_all", "--gpus=0", f"--out={tmp_path}", "--only=two_2steps")
   assert done.code == 0 and done.stdout.count("left out: it needs 2 GPUs") == 2
   command = (
@@ -156,3 +158,12 @@ def test_a_row_that_fails_is_named_and_what_runs_ends_with_the_program(program, 
   running.send_signal(signal.SIGTERM)
   assert running.wait(timeout=30) == 143
   assert not (tmp_path / "gemm.done").exists() and not (tmp_path / "gemm.jsonl").exists()
+
+
+def test_a_row_that_fails_is_named_and_the_others_count(tmp_path, capsys):
+  jobs = [Job("bad", 1, (code("import sys; sys.exit(3)"),)), Job("good", 1, (SHOW,))]
+  with pytest.raises(SystemExit, match="1 of 2 rows failed: bad"):
+    measure(jobs, ["0"], tmp_path)
+  out = capsys.readouterr().out
+  assert f"failed with 3, see {tmp_path / 'bad'}.log" in out and "on GPU 0: measured" in out
+  assert (tmp_path / "good.done").exists() and not (tmp_path / "bad.done").exists()
