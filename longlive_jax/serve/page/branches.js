@@ -2,6 +2,7 @@
 
 import {firstFrame} from "./protocol.js";
 import {cursorBlock, initial, looksBack} from "./state.js";
+import {forget} from "./memory.js";
 
 const OWN = ["session", "shots", "made", "buffered", "oldest", "shown", "cursor", "first"];
 
@@ -9,12 +10,35 @@ export class Branches {
   /** @param {import("./control.js").Control} control */
   constructor(control) {
     this.control = control;
-    /** @type {Map<string, {values: object, frames: import("./frames.js").FrameStore}>} */
+    /**
+     * By id; null: nothing of it is here, as after a reload.
+     * @type {Map<string, {values: object, frames: import("./frames.js").FrameStore} | null>}
+     */
     this.kept = new Map();
   }
 
   clear() {
     this.kept.clear();
+  }
+
+  /** After a reload: the branches that there were. */
+  restore(ids = []) {
+    for (const id of ids) if (!this.kept.has(id)) this.kept.set(id, null);
+    this.control.set({branches: [...this.kept.keys()]});
+  }
+
+  /**
+   * The server no longer has this one: opens another, unless frames of it can still be looked at.
+   * @returns {boolean} whether another one is opened
+   */
+  drop(id) {
+    const {control} = this;
+    forget(id);
+    if (control.frames.bytes || !this.kept.delete(id) || !this.kept.size) return false;
+    control.set({session: null}); // nothing of it is to be kept
+    this.open([...this.kept.keys()].at(-1));
+    control.say("info", "The server no longer has that branch.");
+    return true;
   }
 
   /** Opens a branch that goes on from the block looked at, or from the newest one. */
@@ -50,14 +74,19 @@ export class Branches {
   /** Changes to another branch. */
   open(id) {
     const {control} = this;
-    if (id !== control.state.session.id) this.keep();
-    const {values, frames} = this.kept.get(id);
-    const {model, image} = control.state;
+    const {model, image, session, first} = control.state;
+    if (session && id !== session.id) this.keep();
     const branches = [...this.kept.keys()];
+    const kept = this.kept.get(id);
+    if (!kept) {
+      control.set({branches});
+      return control.comeBack({id, first});
+    }
+    const {values, frames} = kept;
     control.set({...initial, model, image, branches, ...values, link: "connecting"});
     control.frames = frames;
     control.player.reset(frames, values.cursor);
     control.player.begin(values.session);
-    control.link.resume(id, values.shown);
+    return control.link.resume(id, values.shown);
   }
 }

@@ -1,10 +1,10 @@
 /** What a viewer can do, and what happens when the server says something. */
 
 import {blockAt, firstFrame, scriptOf, shotsOf} from "./protocol.js";
-import {cursorBlock, shotOf} from "./state.js";
+import {cursorBlock, initial, shotOf} from "./state.js";
 import {getModel, getSession, isReady, makeFilm, setToken, token, whyRefused} from "./api.js";
 import {Branches} from "./branches.js";
-import {forget, recall, remember} from "./memory.js";
+import {forget, forgetAll, recall, remember} from "./memory.js";
 import {FrameStore} from "./frames.js";
 import {Link} from "./socket.js";
 import {readPicture} from "./picture.js";
@@ -64,14 +64,20 @@ export class Control {
       if (error.status && (error.status !== 401 || token())) this.say("error", error.message);
     }
     const known = recall();
-    if (link === "idle" && known) return this.comeBack(known);
+    if (link === "idle" && known) {
+      this.branches.restore(known.branches);
+      return this.comeBack(known);
+    }
     this.set({link});
     if (link === "starting" || link === "lost") this.looking = setTimeout(() => this.arrive(), LOOK_MS);
   }
 
-  /** After a reload: goes on with the session of this tab. */
-  comeBack({id, shots, first}) {
-    this.set({shots, first, link: "connecting", player: "filling"});
+  /** Goes on with a session of which no frames are here, as after a reload. */
+  comeBack({id, shots = [], first}) {
+    const {model, image, branches} = this.state;
+    const kept = {model, image, branches, shots, first};
+    this.set({...initial, ...kept, link: "connecting", player: "filling"});
+    this.frames = new FrameStore(this.frames.mostBytes);
     this.player.reset(this.frames);
     this.link.resume(id);
   }
@@ -99,7 +105,7 @@ export class Control {
   leave() {
     if (!this.state.ended) this.link.send("stop");
     this.link.close();
-    forget();
+    forgetAll();
     this.branches.clear();
     this.player.reset(new FrameStore(0));
     this.store.dispatch({type: "idle"});
@@ -180,13 +186,13 @@ export class Control {
   }
 
   onEvent(event) {
+    if (event.type === "error") this.refusal = event.code; // the reason, if the connection ends now
     if (event.type === "error" && event.code === "bad_position") return;
     if (event.type === "rewound") {
       this.frames.dropFrom(event.block);
       this.player.dropFrom(event.first_frame);
       this.reported.position = Math.min(this.reported.position, event.first_frame);
     }
-    if (event.type === "error") this.refusal = event.code; // the reason, if the connection ends now
     const fresh = event.type === "session" && this.state.session?.id !== event.id;
     this.store.dispatch({type: "server", event});
     if (event.type === "session") this.onSession(fresh);
@@ -247,16 +253,20 @@ export class Control {
   /** The connection is not what it was; see `Link`. */
   onLink(what, {attempt = 0} = {}) {
     if (what === "taken" && this.refusal === "not_resumable") what = "failed";
+    const {session, shots, first} = this.state;
+    if (what === "refused" && this.refusal === "bad_position" && session) {
+      return this.comeBack({id: session.id, shots, first}); // it has gone back without this page
+    }
+    if (what === "gone" && this.branches.drop(this.link.first?.id)) return undefined;
     const links = {busy: "failed", refused: "failed", gone: "ended"};
     this.set({link: links[what] ?? what, attempt, making: -1});
     if (what === "gone") {
-      forget();
       this.set({ended: {reason: "gone", saved: false}});
       if (!this.frames.bytes) this.leave();
     }
-    if (what === "ended") forget();
+    if (what === "ended") forget(session?.id);
     if (what === "ended" || what === "gone") this.player.finished = true;
-    this.player.more();
+    return this.player.more();
   }
 
   /** Connects now: after a loss, or when another page had taken over. */

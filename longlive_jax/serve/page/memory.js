@@ -1,4 +1,7 @@
-/** What survives a reload of the page in this tab: which session it was, and its prompts. */
+/**
+ * What survives a reload of the page in this tab: which session it was, its prompts, and the
+ * branches of its video.
+ */
 
 const KEY = "longlive.session";
 
@@ -6,7 +9,11 @@ const KEY = "longlive.session";
 export function remember(state) {
   if (!state.session) return;
   const {id, seed} = state.session;
-  const record = {id, seed, shots: state.shots, first: state.first};
+  const {shots, first, branches} = state;
+  write({id, seed, shots, first, branches});
+}
+
+function write(record) {
   try {
     sessionStorage.setItem(KEY, JSON.stringify(record));
   } catch {
@@ -14,11 +21,23 @@ export function remember(state) {
   }
 }
 
-export function forget() {
+/** Forgets a session that has ended; a reload goes on with another branch, if there is one. */
+export function forget(id) {
+  const record = recall();
+  const branches = record?.branches?.filter((other) => other !== id) ?? [];
+  if (!branches.length) return forgetAll();
+  const known = branches.includes(record.id);
+  return write({...record, branches, ...(known ? {} : {id: branches.at(-1), shots: []})});
+}
+
+export function forgetAll() {
   sessionStorage.removeItem(KEY);
 }
 
-/** @returns {{id: string, shots: object[], first: object | null} | null} */
+/**
+ * @returns {{id: string, shots: object[], first: object | null, branches?: string[]} | null}
+ *   `branches` are ids
+ */
 export function recall() {
   try {
     return JSON.parse(sessionStorage.getItem(KEY));
