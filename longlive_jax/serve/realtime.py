@@ -174,13 +174,15 @@ class Connection:
       self.owner = self.service.access.owner(message.text("token"))
     self.service.check_open()
     position = message.whole("position")
+    if position is not None and position < 0:
+      raise Refused(400, "bad_position", f"position={position} must be at least 0", "position")
     if message.kind == "start":
       live = await self._start(message, self.owner)
     else:
-      live = await self.service.sessions.resume(self.owner, message.text("id"), position)
+      live = await self.service.sessions.resume(self.owner, message.text("id"))
     self.live = live
     live.attach(self.outbox)
-    if position is not None:  # a block counts as sent only when all of it has been
+    if position is not None:  # more than was sent: part of a block, or a server that was killed
       live.played(min(position, live.reel.sent), back=False)
 
   async def _start(self, message: Message, owner: str) -> Live:

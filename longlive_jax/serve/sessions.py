@@ -115,29 +115,20 @@ class Sessions:
       raise unknown(SESSION_ID)
     return found
 
-  async def resume(self, owner: str, session: str, position: int | None = None) -> Live:
+  async def resume(self, owner: str, session: str) -> Live:
     """A session that goes on, from disk if it is there.
 
-    Args:
-      owner: of the session.
-      session: its id.
-      position: frames that the client has shown, if it says so; only checked.
-
     Raises:
-      Refused: 400, so many frames have not been made; 404; 409, what is on disk cannot be used;
-        429, there are too many.
+      Refused: 404; 409, what is on disk cannot be used; 429, there are too many.
     """
     if isinstance(found := self.find(owner, session), Live):
-      self._check_position(position, found.card)
       return found
     saver = self.saver
     if saver is None:
       raise unknown(SESSION_ID)
     await saver.settled(session)
     await self._make_room(owner)
-    found = self.find(owner, session)
-    self._check_position(position, found.card if isinstance(found, Live) else found)
-    if isinstance(found, Live):  # somebody else was faster
+    if isinstance(found := self.find(owner, session), Live):  # somebody else was faster
       return found
     card = dataclasses.replace(found)
     hosted = Hosted(saver.loading(session), self.shared.residents)
@@ -153,12 +144,6 @@ class Sessions:
       live.reel.restore(reading.result())
       live.start()
     return live
-
-  def _check_position(self, position: int | None, card: Card) -> None:
-    end = self.shared.facts.first_frame(card.made)
-    if position is not None and not 0 <= position <= end:
-      message = f"position={position} must be from 0 to {end}, the frames made"
-      raise Refused(400, "bad_position", message, "position")
 
   async def fork(self, live: Live, block: int | None) -> Live:
     """Another session that goes on from here, or from an earlier block; it waits to be resumed.

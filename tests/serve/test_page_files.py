@@ -184,7 +184,12 @@ def node() -> dict:
   frames = np.zeros((5, FACTS.height, FACTS.width, 3), np.uint8)
   messages = encode_block(frames, 0, 0, Form("webp", 100, 3))
   session = {"type": "session", "id": "session_1", "seed": 7, "width": 32, "height": 16, "fps": 24}
-  session |= {"first_block_frames": 5, "block_frames": 8, "most_blocks": 9, "prompt": "a"}
+  session |= {"block": 0} | {
+    "first_block_frames": 5,
+    "block_frames": 8,
+    "most_blocks": 9,
+    "prompt": "a",
+  }
   given = {
     "first": FACTS.first_frame(1),
     "per": FACTS.block_frames,

@@ -126,6 +126,11 @@ def test_going_back_and_forking(port: int, watcher: Open):
   page.page.select_option("#branch", parent["session"])
   page.until(f"s.session === '{parent['session']}' && s.phase === 'playing'")
   assert [shot["prompt"] for shot in page.stats()["shots"]] == [FIRST, THIRD]
+  page.page.reload()
+  page.until(f"s.session === '{parent['session']}' && s.phase === 'playing'")
+  fork = page.page.eval_on_selector_all("#branch option", "all => all.map((one) => one.value)")[1]
+  page.page.select_option("#branch", fork)
+  page.until(f"s.session === '{fork}' && s.phase === 'playing' && s.shots.length === 3")
 
 
 def test_pausing_stepping_and_the_file(port: int, watcher: Open, tmp_path: Path):

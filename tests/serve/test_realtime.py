@@ -193,6 +193,18 @@ def test_a_second_connection_takes_over(server: Running):
     other.block()
 
 
+def test_a_position_beyond_the_end_counts_as_the_end(server: Running):
+  with server.viewer("one", seed=31) as viewer:
+    viewer.block(), viewer.block()
+    assert viewer.event("waiting")["reason"] == "viewer"
+  with server.resumed(viewer.session["id"], position=FACTS.first_frame(9)) as again:
+    assert again.session["block"] == 2
+    assert [again.block()[0].block for _ in range(3)] == [0, 1, 2]  # all made counts as shown
+    again.say("seek", position=FACTS.first_frame(9))
+    error = again.event("error")
+    assert error["code"] == "bad_position" and "must be from 0 to" in error["message"]
+
+
 def test_a_position_that_cannot_be_takes_nothing_from_the_viewer(server: Running):
   with server.viewer() as viewer:
     viewer.block(), viewer.block()

@@ -1,7 +1,7 @@
 /** What a viewer can do, and what happens when the server says something. */
 
 import {blockAt, firstFrame, scriptOf, shotsOf} from "./protocol.js";
-import {cursorBlock, initial, shotOf} from "./state.js";
+import {cursorBlock, initial, isFresh, shotOf} from "./state.js";
 import {getModel, getSession, isReady, makeFilm, setToken, token, whyRefused} from "./api.js";
 import {Branches} from "./branches.js";
 import {forget, forgetAll, recall, remember} from "./memory.js";
@@ -186,14 +186,14 @@ export class Control {
   }
 
   onEvent(event) {
-    if (event.type === "error") this.refusal = event.code; // the reason, if the connection ends now
     if (event.type === "error" && event.code === "bad_position") return;
     if (event.type === "rewound") {
       this.frames.dropFrom(event.block);
       this.player.dropFrom(event.first_frame);
       this.reported.position = Math.min(this.reported.position, event.first_frame);
     }
-    const fresh = event.type === "session" && this.state.session?.id !== event.id;
+    if (event.type === "error") this.refusal = event.code; // the reason, if the connection ends now
+    const fresh = event.type === "session" && isFresh(this.state, event);
     this.store.dispatch({type: "server", event});
     if (event.type === "session") this.onSession(fresh);
     if (event.type === "ended") this.player.finished = event.reason !== "server_stop";
@@ -253,10 +253,6 @@ export class Control {
   /** The connection is not what it was; see `Link`. */
   onLink(what, {attempt = 0} = {}) {
     if (what === "taken" && this.refusal === "not_resumable") what = "failed";
-    const {session, shots, first} = this.state;
-    if (what === "refused" && this.refusal === "bad_position" && session) {
-      return this.comeBack({id: session.id, shots, first}); // it has gone back without this page
-    }
     if (what === "gone" && this.branches.drop(this.link.first?.id)) return undefined;
     const links = {busy: "failed", refused: "failed", gone: "ended"};
     this.set({link: links[what] ?? what, attempt, making: -1});
@@ -264,7 +260,7 @@ export class Control {
       this.set({ended: {reason: "gone", saved: false}});
       if (!this.frames.bytes) this.leave();
     }
-    if (what === "ended") forget(session?.id);
+    if (what === "ended") forget(this.state.session?.id);
     if (what === "ended" || what === "gone") this.player.finished = true;
     return this.player.more();
   }

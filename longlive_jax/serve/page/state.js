@@ -32,9 +32,17 @@ export const initial = Object.freeze({
   film: null, // {status, progress}
 });
 
+/**
+ * Whether the event "session" is of another session than before, or of an earlier state of it than
+ * has been shown: the server was killed and lost blocks, or went back and could not say so.
+ */
+export function isFresh(state, event) {
+  return state.session?.id !== event.id || state.shown > firstFrame(event.block, sizesOf(event));
+}
+
 /** Where a session is: begun or gone on with. */
 function onSession(state, event) {
-  const same = state.session?.id === event.id;
+  const same = !isFresh(state, event);
   const sizes = sizesOf(event);
   const session = {
     id: event.id,
@@ -56,7 +64,8 @@ function onSession(state, event) {
     cursor: same ? state.cursor : event.position - 1,
     paused: event.paused,
     made: same ? state.made : blockAt(event.position, sizes),
-    buffered: Math.max(state.buffered, event.position),
+    buffered: same ? Math.max(state.buffered, event.position) : event.position,
+    change: same ? state.change : null,
     making: -1,
     ended: null,
     sent: [],
