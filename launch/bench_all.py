@@ -37,9 +37,9 @@ ONLY = flags.DEFINE_string("only", "", "only rows whose name has this in it")
 LIST = flags.DEFINE_bool("list", False, "show the rows and end")
 
 
-def rollout(name: str, variant: str, *more: str, gpus: int = 1, cache: str = "cache") -> Job:
+def rollout(name: str, variant: str, *more: str, gpus: int = 1) -> Job:
   """A sampler; see `launch.bench_rollout`."""
-  return Job(name, gpus, (rolled(name, variant, *more, cache=cache),))
+  return Job(name, gpus, (rolled(name, variant, *more, cache="cache"),))
 
 
 def rolled(name: str, variant: str, *more: str, cache: str) -> tuple[str, ...]:

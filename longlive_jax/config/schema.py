@@ -121,8 +121,7 @@ class Quant(Section):
   cache: str = "none"  # none | nvfp4: keys and values of earlier blocks
   cache_rule: str = "mse"
   cache_smoothing: str = "none"  # none | tokens | original: what is taken off the keys
-  # NVFP4: auto (where one Hopper GPU is used, or several share each block of a video) | on | off;
-  # on: in sampling also norms, GELU and rows to FP8, each in one pass
+  # auto (NVFP4 on a Hopper GPU, or several that share blocks) | on (also between products) | off
   kernels: str = "auto"
 
 
