@@ -4,7 +4,7 @@ Variants, joined by commas, each changing what those before it say:
   ""            distilled, 4 steps, bfloat16
   "base"        before distillation: 50 steps with guidance
   "2steps"      two steps
-  "fp8"         linear layers and self-attention in FP8, the fastest on Hopper
+  "fp8"         linear layers, cache and self-attention in FP8, the fastest on Hopper
   "nvfp4"       linear layers and cache in NVFP4
   "low_memory"  NVFP4, the text encoder in host memory, and frames decoded bit by bit
 """
@@ -33,7 +33,7 @@ def two_steps(config: Experiment) -> None:
 
 def fp8(config: Experiment) -> None:
   """FP8 wherever there is a fast unit for it; two latents at a time are decoded fastest."""
-  config.quant.linears = config.model.attention = "fp8"
+  config.quant.linears = config.quant.cache = config.model.attention = "fp8"
   config.sample.decode_latents = 2
 
 

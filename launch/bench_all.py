@@ -4,7 +4,7 @@ r"""Measures all that the pages say of the 5B model's speed and memory, on the G
 
 Each row is a program of its own (`launch.bench`, `bench_rollout`, `bench_serve`, `train`), on one
 GPU or two; as many run at a time as there are GPUs. Writes each row's records and log into the
-folder. What was measured is not measured again. `--only` picks rows by a part of their name,
+folder. What was measured is not measured again. `--only` picks rows by parts of their names,
 `--list` shows them with their commands.
 """
 
@@ -28,12 +28,9 @@ DISTILL = (
   *("--config.train.remat=full", "--config.train.steps=6", "--config.io.log_every_steps=1"),
 )
 PARKED, SHARED = "--config.model.text.parked", "--config.parallel.seq=2"
-BLOCKS = (
-  "bfloat16,bfloat16 in one pass,fp8 linears,fp8 linears in one pass,fp8 both,fp8 both in one pass"
-)
 GPUS = flags.DEFINE_list("gpus", [], "GPUs to use, by number; empty = all")
 OUT = flags.DEFINE_string("out", "outputs/bench", "folder of records and logs")
-ONLY = flags.DEFINE_string("only", "", "only rows whose name has this in it")
+ONLY = flags.DEFINE_list("only", [], "only rows whose name has one of these in it")
 LIST = flags.DEFINE_bool("list", False, "show the rows and end")
 
 
@@ -55,6 +52,13 @@ def suite(name: str, *more: str, gpus: int = 1) -> Job:
   return Job(name, gpus, (("-m", "launch.bench", *more, "--repeats=20", out),))
 
 
+def blocks(variant: str) -> Job:
+  """A block in one precision, by kernels and by XLA."""
+  chosen = [variant, f"{variant} by XLA", *(["fp8 all"] if variant == "fp8 both" else [])]
+  name = f"block_{variant.replace(' ', '_')}"
+  return suite(name, "--suite=block", "--steps=4,2", f"--implementations={','.join(chosen)}")
+
+
 def distilled(name: str, config: str, *more: str) -> Job:
   """Steps of distillation; see `launch.train`."""
   program = ("-m", "launch.train", f"--config={config}", *more, *DISTILL)
@@ -74,9 +78,9 @@ def rows() -> list[Job]:
     rollout("two_exchange_fp8", "", SHARED, two, "--config.parallel.exchange=fp8", gpus=2),
     suite("sp", "--suite=sp", gpus=2),
     Job("start", 1, (cold, warm)),
-    suite("block", "--suite=block", "--steps=4,2", f"--implementations={BLOCKS}"),
+    *(blocks(name) for name in ("bfloat16", "fp8 linears", "fp8 both")),
     rollout("bfloat16", "", PARKED, two),
-    rollout("one_pass", "fp8", "--config.quant.kernels=on"),
+    rollout("fp8_linears", "fp8", "--config.model.attention=auto", "--config.quant.cache=none"),
     rollout("parked", "fp8", PARKED, "--parts=frames"),
     rollout("nvfp4", "nvfp4", PARKED, "--parts=frames"),
     rollout("low_memory", "low_memory", "--blocks=6"),
@@ -116,11 +120,11 @@ def chosen_rows() -> list[Job]:
     ValueError: none.
   """
   known = rows()
-  chosen = [job for job in known if ONLY.value in job.name]
-  if not chosen:
-    names = ", ".join(job.name for job in known)
-    raise ValueError(f"--only={ONLY.value} is in the name of no row; the rows are {names}")
-  return chosen
+  for part in ONLY.value:
+    if not any(part in job.name for job in known):
+      names = ", ".join(job.name for job in known)
+      raise ValueError(f"--only={part} is in the name of no row; the rows are {names}")
+  return [job for job in known if not ONLY.value or any(part in job.name for part in ONLY.value)]
 
 
 def main(argv: list[str]) -> None:

@@ -73,7 +73,7 @@ def choose_ops(experiment: Experiment) -> Ops:
 
 
 def sampling_ops(experiment: Experiment, local: bool = False) -> Ops:
-  """`choose_ops`, with kernels between products where `quant.kernels=on`; no gradients.
+  """`choose_ops`, with kernels between products where `quant.kernels` allows; no gradients.
 
   Args:
     experiment: `quant.kernels`, `model.dtype`.
@@ -82,8 +82,8 @@ def sampling_ops(experiment: Experiment, local: bool = False) -> Ops:
   Raises:
     ValueError: as `choose_ops` and `use_kernels`.
   """
-  ops, asked = choose_ops(experiment), experiment.quant.kernels == "on"
-  if not asked or experiment.model.dtype != "bfloat16" or not use_kernels("on", local):
+  ops = choose_ops(experiment)
+  if experiment.model.dtype != "bfloat16" or not use_kernels(experiment.quant.kernels, local):
     return ops
   return dataclasses.replace(ops, between=OnePass())
 

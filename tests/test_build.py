@@ -173,13 +173,14 @@ def test_attention_by_capability(root, monkeypatch, caplog):
   assert chosen == {"float32": ["attention: jnp"], "bfloat16": ["attention: cudnn"]}
 
 
-def test_kernels_between_products_are_for_sampling_alone_and_when_asked_for(root, monkeypatch):
+def test_kernels_between_products_are_for_sampling_alone(root, monkeypatch):
   on = {"model__dtype": "bfloat16", "quant__kernels": "on"}
   with pytest.raises(ValueError, match="quant.kernels=on needs a GPU of compute capability 9"):
     build.sampling_ops(tiny(root, **on))
-  monkeypatch.setattr(build, "use_kernels", lambda setting, local: setting == "on")
+  monkeypatch.setattr(build, "use_kernels", lambda setting, local: setting != "off")
   assert isinstance(build.sampling_ops(tiny(root, **on)).between, OnePass)
-  for plain in ({"model__dtype": "bfloat16"}, on | {"model__dtype": "float32"}):
+  assert isinstance(build.sampling_ops(tiny(root, model__dtype="bfloat16")).between, OnePass)
+  for plain in (on | {"quant__kernels": "off"}, on | {"model__dtype": "float32"}):
     assert build.sampling_ops(tiny(root, **plain)).between is None
   assert build.build_models(tiny(root, **on)).ops.between is None  # as training does
   models = build.build_models(tiny(root, **on, quant__linears="fp8"), choose=build.sampling_ops)

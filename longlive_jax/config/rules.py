@@ -18,7 +18,7 @@ CONVOLUTIONS = ("auto", "conv3d", "conv2d")
 ATTENTIONS = ("auto", "cudnn", "jnp", "fp8")
 SOLVERS = ("unipc", "dpmpp", "euler")
 PRECISIONS = ("none", "nvfp4", "fp8")
-CACHES = ("none", "nvfp4")
+CACHES = ("none", "nvfp4", "fp8")
 SCALE_RULES = ("static_6", "static_4", "mse", "mae", "abs_max")
 SMOOTHINGS = ("none", "tokens", "original")
 KERNELS = ("auto", "on", "off")
@@ -228,7 +228,7 @@ def check_quant(quant: Quant) -> None:
 def check_quantised_cache(experiment: Experiment) -> None:
   """What a quantised cache asks of the other settings."""
   quant, model = experiment.quant, experiment.model
-  if quant.cache == "none":
+  if quant.cache != "nvfp4":
     return
   if model.head_dim % 16:
     raise ValueError(

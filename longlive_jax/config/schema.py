@@ -118,10 +118,11 @@ class Quant(Section):
   gradients: str = "mse"
   weight_blocks: str = "1x16"  # 1x16 | 16x16: fprop and dgrad then see the same weight
   gradient_rounding: str = "stochastic"  # stochastic | nearest
-  cache: str = "none"  # none | nvfp4: keys and values of earlier blocks
+  cache: str = "none"  # none | nvfp4 | fp8: keys and values of earlier blocks
   cache_rule: str = "mse"
   cache_smoothing: str = "none"  # none | tokens | original: what is taken off the keys
-  # auto (NVFP4 on a Hopper GPU, or several that share blocks) | on (also between products) | off
+  # between products of a sampler, and for NVFP4: auto (one Hopper GPU, or several that share
+  # blocks) | on | off
   kernels: str = "auto"
 
 

@@ -1,15 +1,13 @@
 """The jobs of the suites "block" and "step": passes over a block of a long video.
 
-The window is full, as it is in all but the first blocks of a video: denoising steps against the
-cache, then the clean pass that leaves the block in it. Variants differ in the precision of linear
-layers, cache and attention. Weights, cache and text are random; all variants come from the same
-ones. A call takes its cache over and gives it back, as in a rollout:
-nothing is copied, and what variants have in common is there once.
+The window is full: denoising steps against the cache, then the clean pass that leaves the block in
+it. Variants differ in the precision of linear layers, cache and attention; all come from the same
+random weights, cache and text. A call takes its cache over and gives it back, as in a rollout.
 """
 
 import copy
 import dataclasses
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -20,12 +18,12 @@ from longlive_jax.eval.flops import cached_flops
 from longlive_jax.kernels.matmul_choice import HOPPER, kernel_for, use_kernels
 from longlive_jax.model import solvers
 from longlive_jax.model.dit import TextKV, cast_params, declare_dit, separate_layers
-from longlive_jax.model.kv_cache import KVCache, SlotState
+from longlive_jax.model.kv_cache import KVCache, SlotState, stored_as
 from longlive_jax.model.ops import Ops
 from longlive_jax.quant.kv import QuantisedKVCache, Store
 from longlive_jax.quant.nvfp4 import Spec, quantise
 from longlive_jax.quant.policy import quantise_params, quantised_ops
-from longlive_jax.sample.block import Denoiser
+from longlive_jax.sample.block import Denoiser, stored_in
 from longlive_jax.sample.latents import block_shape
 from longlive_jax.sample.schedule import SampleState, Schedule, Tables
 from longlive_jax.types import Array, PyTree
@@ -37,12 +35,14 @@ VARIANTS: dict[str, tuple[str, ...]] = {
   BFLOAT16: ("none", "none", "auto"),
   "fp8 linears": ("fp8", "none", "auto"),
   "fp8 both": ("fp8", "none", "fp8"),
+  "fp8 all": ("fp8", "fp8", "fp8"),  # the cache too
   "nvfp4 linears": ("nvfp4", "none", "auto"),
   "nvfp4 cache": ("none", "nvfp4", "auto"),
   "nvfp4 both": ("nvfp4", "nvfp4", "auto"),
 }
-ONE_PASS = {  # with kernels between products, where the device has them
-  f"{name} in one pass": (*VARIANTS[name], "on") for name in (BFLOAT16, "fp8 linears", "fp8 both")
+BY_XLA = {  # without kernels between products, where the device has them
+  f"{name} by XLA": (*VARIANTS[name], "off")
+  for name in (BFLOAT16, "fp8 linears", "fp8 both", "fp8 all")
 }
 # `(params, cache, noise or latents, text) -> (latents, cache)`
 Run = Callable[[PyTree, PyTree, Array, TextKV], tuple[Array, PyTree]]
@@ -52,7 +52,7 @@ Unrolls = Callable[[Experiment], bool]
 
 def variants() -> dict[str, tuple[str, ...]]:
   """What this device can run."""
-  return VARIANTS | ONE_PASS if kernel_for(jax.devices()[0]) == HOPPER else VARIANTS
+  return VARIANTS | BY_XLA if kernel_for(jax.devices()[0]) == HOPPER else VARIANTS
 
 
 def varied(
@@ -111,9 +111,13 @@ def packed_cache(cache: KVCache, experiment: Experiment) -> QuantisedKVCache:
 
 
 def cache_of(experiment: Experiment, unrolled: bool) -> PyTree:
-  """The same random cache, as `quant.cache` stores it; unrolled a tuple with one a layer."""
+  """The random cache, as `quant.cache` stores it; unrolled a tuple with one a layer."""
   plain = random_cache(experiment)
-  cache = plain if experiment.quant.cache == "none" else packed_cache(plain, experiment)
+  if experiment.quant.cache == "nvfp4":
+    cache: PyTree = packed_cache(plain, experiment)
+  else:
+    dtype, seen = stored_in(experiment)
+    cache = KVCache(stored_as(plain.k, dtype), stored_as(plain.v, dtype), seen)
   if not unrolled:
     return cache
   layers = range(experiment.model.layers)
@@ -199,7 +203,7 @@ class Held:
     self.experiment, self.choose_ops, self.unrolls = experiment, choose_ops, unrolls
     self.drawn: PyTree = None
     self.params: dict[tuple[str, bool], PyTree] = {}
-    self.caches: dict[tuple[str, bool], PyTree] = {}
+    self.caches: dict[Hashable, PyTree] = {}
 
   def weights(self, variant: Experiment, unrolled: bool) -> PyTree:
     """Of the transformer, in the precision of a variant."""
@@ -214,13 +218,11 @@ class Held:
   def made(
     self, variant: Variant, args: tuple[PyTree, ...]
   ) -> tuple[Callable[..., PyTree], Record]:
-    """A variant compiled, as a function `(noise, text) -> (latents, cache)`.
-
-    The cache is valid until the next call of any variant that has the same.
-    """
+    """A compiled function `(noise, text) -> (latents, cache)`; the cache is valid until the next."""
     experiment = variant.experiment
     unrolled = self.unrolls(experiment)
-    params, key = self.weights(experiment, unrolled), (experiment.quant.cache, unrolled)
+    params = self.weights(experiment, unrolled)
+    key = experiment.quant.cache, stored_in(experiment), unrolled
     if key not in self.caches:
       self.caches[key] = cache_of(experiment, unrolled)
     run = variant.kind(experiment, self.choose_ops(experiment), unrolled)

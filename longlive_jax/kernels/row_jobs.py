@@ -218,18 +218,36 @@ def add_norm_rows(
   return _run((read, finish), ADD_NORM, (y.flat, x), y.scalars, columns, outs, groups)
 
 
-def rms_rows(y: Product, weight: jax.Array, eps: float) -> tuple[jax.Array, ...] | None:
-  """bfloat16 `y / rms(y) * weight` of a product `[T, N]`; weight float32 `[N]`."""
+def rms_rows(
+  y: Product, weight: jax.Array, eps: float, turn: tuple[jax.Array, jax.Array] | None = None
+) -> tuple[jax.Array, ...] | None:
+  """bfloat16 `y / rms(y) * weight` of a product `[T, N]`, perhaps rotated.
 
+  Args:
+    y: the product.
+    weight: float32 `[N]`.
+    eps: of the norm.
+    turn: cosines and sines, float32 `[T, D / 2]`, of heads of D elements; D divides `PART`.
+  """
+  finishes = len(y.vectors)
+
+  # angles are read late, so all is done in `read`: they leave with their row
   def read(tools: Tools, rows: Sequence[Row], scalars: Any, columns: Sequence[Row]) -> Parts:
-    return each(lambda a, *v: y.finished(a, scalars, v).astype(BF16), rows[0], *columns[:-1])
-
-  def finish(tools: Tools, row: Parts, scalars: Any, columns: Sequence[Row]) -> tuple[Any, ...]:
-    wide = each(lambda a: a.astype(F32), row)
+    row = each(lambda a, *v: y.finished(a, scalars, v), rows[0], *columns[:finishes])
     size = sum(part.shape[0] for part in row)
-    square = tools.sum(each(lambda a: a * a, wide)) * (1.0 / size)
-    turn = jax.lax.rsqrt(square + eps)
-    return (each(lambda a, w: (a * turn * w).astype(BF16), wide, columns[-1]),)
+    square = tools.sum(each(lambda a: a * a, row)) * (1.0 / size)
+    factor = jax.lax.rsqrt(square + eps)
 
-  x = y.flat
-  return _run((read, finish), RMS, (x,), y.scalars, (*y.vectors, weight), _outputs(x, False))
+    def part(a: jax.Array, w: jax.Array) -> jax.Array:
+      normal = (a * factor * w).astype(BF16)
+      if turn is None:
+        return normal
+      return tools.rotated(normal.astype(F32), rows[1], rows[2]).astype(BF16)
+
+    return each(part, row, columns[-1])
+
+  def finish(tools: Tools, row: Parts, scalars: Any, columns: Any) -> tuple[Any, ...]:
+    return (row,)
+
+  rows, columns = (y.flat, *(turn or ())), (*y.vectors, weight)
+  return _run((read, finish), RMS, rows, y.scalars, columns, _outputs(y.flat, False))

@@ -23,6 +23,8 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from longlive_jax.kernels.row_rotation import turned
+
 VEC = 4
 PART = 128 * VEC
 SHARED = 227 * 1024  # bytes of shared memory that a block may have
@@ -124,6 +126,25 @@ class Tools:
       return x._pointwise(x._lift_fast_instr("rcp.approx.ftz.f32"))
 
     return run(x)
+
+  @staticmethod
+  def rotated(part: jax.Array, cos: Row, sin: Row) -> jax.Array:
+    """A part of whole heads, each pair (2j, 2j + 1) turned; cos, sin `[D / 2]` of a head."""
+    half = cos.ref.shape[-1]
+    if not INLINE:
+      a, b = jnp.unstack(part.reshape(-1, half, 2), axis=-1)
+      c, s = cos.ref[...], sin.ref[...]
+      return jnp.stack([a * c - b * s, b * c + a * s], -1).reshape(part.shape)
+
+    @plgpu.inline_mgpu(
+      arg_types=(STRIDED, plgpu.RefType(), plgpu.RefType()),
+      return_type=plgpu.ShapeDtypeStruct((PART,), jnp.float32, layout=STRIDED),
+    )
+    def run(ctx: Any, x: Any, cos: Any, sin: Any) -> Any:
+      del ctx
+      return turned(x, cos, sin, half)
+
+    return run(part, cos.ref, sin.ref)
 
 
 def _copy(source: Any, store: Any, barrier: Any) -> None:

@@ -168,7 +168,8 @@ class Cached:
 
   Attributes:
     level: slots that are read, the lowest first; own slot included.
-    rope: of the block's own tokens; with `window_rope` of its queries.
+    rope: of the block's own tokens; with `window_rope` of its queries. None = queries and keys
+      come rotated.
     slot: int32 `[B]`, where each sample's block is written.
     lengths: optional int32 `[B]`, filled tokens, where samples differ in filled slots.
     window_rope: with relative positions, the rotation of all `level` slots; the cache then
@@ -177,7 +178,7 @@ class Cached:
   """
 
   level: int
-  rope: Rope
+  rope: Rope | None
   slot: Array
   lengths: Array | None = None
   window_rope: Rope | None = None
@@ -186,8 +187,10 @@ class Cached:
   def attend(
     self, dense: Dense, q: Array, k: Array, v: Array, cache: Cache, layer: Array | int
   ) -> tuple[Array, Cache]:
-    own = k if self.window_rope is not None else rotate(k, self.rope)
+    turned = k if self.rope is None else rotate(k, self.rope)
+    own = turned if self.window_rope is None else k
     cache, keys, values = cache.exchange(layer, self.slot, own, v, self.level, self.keep)
     if self.window_rope is not None:
       keys = rotate(keys, self.window_rope)
-    return dense(rotate(q, self.rope), keys, values, self.lengths), cache
+    q = q if self.rope is None else rotate(q, self.rope)
+    return dense(q, keys, values, self.lengths), cache

@@ -6,6 +6,7 @@ Either is used through `Ops.between`. Sums and norms are of `[B, S, E]`; what mo
 `[B, F, 1, E]` for F runs of tokens, or `[E]`.
 """
 
+import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
@@ -13,10 +14,12 @@ import jax
 import jax.numpy as jnp
 
 from longlive_jax.kernels.row_jobs import Product, add_norm_rows, norm_rows, rms_rows
-from longlive_jax.kernels.rows import takes
+from longlive_jax.kernels.rows import PART, takes
+from longlive_jax.model.attention import Cached
 from longlive_jax.model.layers import gelu, rms_norm
-from longlive_jax.model.ops import Ops, affine_norm, contract
-from longlive_jax.types import Array
+from longlive_jax.model.ops import Ops, Plan, affine_norm, contract
+from longlive_jax.model.rope import Rope, rotate
+from longlive_jax.types import SEQ, Array
 
 Paths = tuple[str, ...]
 
@@ -63,9 +66,18 @@ class Between:
     """GELU, prepared for the layer of a path."""
     return ops.prepare(gelu(whole(y)), (path,))
 
-  def rms(self, y: Array | Product, weight: Array, eps: float) -> Array:
-    """`y / rms(y) * weight` over the last axis."""
-    return rms_norm(whole(y), weight, eps)
+  def rms(self, y: Array | Product, weight: Array, eps: float, turn: Rope | None = None) -> Array:
+    """`y / rms(y) * weight` over the last axis, then the rotation of its heads, if any."""
+    normal = rms_norm(whole(y), weight, eps)
+    if turn is None:
+      return normal
+    heads = normal.reshape(*normal.shape[:2], -1, 2 * turn.cos.shape[-1])
+    return rotate(heads, turn).reshape(normal.shape)
+
+  def turns(self, ops: Ops, plan: Plan, x: Array) -> tuple[Rope | None, Plan]:
+    """The rotation that queries and keys get with their norm, and what is left of the plan."""
+    del ops, x
+    return None, plan
 
 
 class OnePass(Between):
@@ -114,11 +126,31 @@ class OnePass(Between):
       return super().add_norm(ops, x, y, gate, affine, eps, paths)
     return made[0].reshape(x.shape), self.packed(ops, made[1:], x.shape, paths)
 
-  def rms(self, y: Array | Product, weight: Array, eps: float) -> Array:
+  def activate(self, ops: Ops, y: Array | Product, path: str) -> Any:
+    """In the form that XLA gives to cuBLAS with the product: nothing is written in between."""
+    if not isinstance(y, Product) or y.rows is not None or y.bias is None:
+      return super().activate(ops, y, path)
+    if not takes(y.values.shape, y.values.dtype):
+      return super().activate(ops, y, path)
+    biased = y.values + y.bias.astype(y.values.dtype)
+    return ops.prepare(jax.nn.gelu(biased, approximate=True), (path,))
+
+  def rms(self, y: Array | Product, weight: Array, eps: float, turn: Rope | None = None) -> Array:
     y, made = opened(y), None
     if takes(y.values.shape, y.values.dtype):
-      made = rms_rows(y, weight, eps)
-    return super().rms(y, weight, eps) if made is None else made[0].reshape(y.values.shape)
+      made = rms_rows(y, weight, eps, turned_rows(turn, y.values.shape))
+    return super().rms(y, weight, eps, turn) if made is None else made[0].reshape(y.values.shape)
+
+  def turns(self, ops: Ops, plan: Plan, x: Array) -> tuple[Rope | None, Plan]:
+    if not isinstance(plan, Cached) or plan.rope is None or plan.window_rope is not None:
+      return None, plan
+    rope = plan.rope
+    if PART % (2 * rope.cos.shape[-1]):
+      return None, plan
+    if ops.mesh is not None:  # this device's tokens
+      at = x.shape[1] * jax.lax.axis_index(SEQ)
+      rope = jax.tree.map(lambda a: jax.lax.dynamic_slice_in_dim(a, at, x.shape[1], 1), rope)
+    return rope, dataclasses.replace(plan, rope=None)
 
 
 def apart(x: Array, w: Array) -> tuple[Array, Array]:
@@ -138,6 +170,15 @@ def grouped(x: Array, by: Array) -> Array:
 def flat(x: Array) -> Array:
   """`[..., E]` as `[T, E]`."""
   return x.reshape(-1, x.shape[-1])
+
+
+def turned_rows(rope: Rope | None, shape: tuple[int, ...]) -> tuple[Array, Array] | None:
+  """Cosines and sines `[T, D / 2]` of the rows of `[B, S, E]`."""
+  if rope is None:
+    return None
+  wide = (*shape[:2], rope.cos.shape[-1])
+  cos, sin = (flat(jnp.broadcast_to(each, wide)) for each in (rope.cos, rope.sin))
+  return cos, sin
 
 
 def whole(y: Array | Product) -> Array:

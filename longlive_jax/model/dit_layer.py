@@ -14,6 +14,7 @@ from longlive_jax.model.attention import Cross
 from longlive_jax.model.between import between_of, whole
 from longlive_jax.model.layers import AffineNorm, Linear, Mlp, RmsNorm, xavier
 from longlive_jax.model.ops import Ops, Plan, modulated_norm
+from longlive_jax.model.rope import Rope
 from longlive_jax.types import Array
 
 
@@ -39,18 +40,19 @@ class Attention(nnx.Module):
     """`[B, S, E] -> [B, S, N, D]`."""
     return x.reshape(*x.shape[:2], self.heads, -1)
 
-  def queries(self, x: Any, ops: Ops) -> Array:
-    """Of an input that is prepared."""
-    return self.normed(self.q, self.norm_q, x, ops)
+  def queries(self, x: Any, ops: Ops, turn: Rope | None = None) -> Array:
+    """Of an input that is prepared; perhaps rotated."""
+    return self.normed(self.q, self.norm_q, x, ops, turn)
 
-  def keys_values(self, x: Any, ops: Ops) -> tuple[Array, Array]:
-    """Of an input that is prepared."""
-    return self.normed(self.k, self.norm_k, x, ops), self.split(whole(product(self.v, x, ops)))
+  def keys_values(self, x: Any, ops: Ops, turn: Rope | None = None) -> tuple[Array, Array]:
+    """Of an input that is prepared; keys perhaps rotated."""
+    keys = self.normed(self.k, self.norm_k, x, ops, turn)
+    return keys, self.split(whole(product(self.v, x, ops)))
 
-  def normed(self, linear: Linear, norm: RmsNorm, x: Any, ops: Ops) -> Array:
+  def normed(self, linear: Linear, norm: RmsNorm, x: Any, ops: Ops, turn: Rope | None) -> Array:
     """A projection, normalised over all heads together."""
     y = product(linear, x, ops)
-    return self.split(between_of(ops).rms(y, norm.scale[...], norm.eps))
+    return self.split(between_of(ops).rms(y, norm.scale[...], norm.eps, turn))
 
 
 def product(linear: Linear, x: Any, ops: Ops) -> Any:
@@ -100,8 +102,9 @@ class Layer(nnx.Module):
     between, own, other = between_of(ops), self.self_attn, self.cross_attn
     m = [p[:, :, None] for p in jnp.moveaxis(self.modulation[...] + conditions, 2, 0)]
     y = between.norm(ops, x, 1.0 + m[1], m[0], self.eps, (own.q.path, *own.paths))
-    k, v = own.keys_values(y, ops)
-    out, cache = ops.attend(own.queries(y, ops), k, v, cache, layer, plan)
+    turn, plan = between.turns(ops, plan, x)
+    k, v = own.keys_values(y, ops, turn)
+    out, cache = ops.attend(own.queries(y, ops, turn), k, v, cache, layer, plan)
     y = product(own.o, between.prepare(ops, out.reshape(x.shape), (own.o.path,)), ops)
     affine = self.cross_norm.scale[...], self.cross_norm.bias[...]
     x, y = between.add_norm(ops, x, y, m[2], affine, self.eps, (other.q.path,))

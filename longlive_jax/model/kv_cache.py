@@ -18,26 +18,37 @@ from jax.tree_util import register_dataclass
 
 from longlive_jax.types import Array
 
+FP8 = "float8_e4m3fn"
 
-@functools.partial(register_dataclass, data_fields=["k", "v"], meta_fields=[])
+
+@functools.partial(register_dataclass, data_fields=["k", "v"], meta_fields=["seen"])
 @dataclasses.dataclass(frozen=True)
 class KVCache:
-  """Keys and values `[layers, B, K, S_b, N, D]`; S_b tokens of a block."""
+  """Keys and values `[layers, B, K, S_b, N, D]`; S_b tokens of a block.
+
+  In FP8 they are stored without a scale: E4M3 numbers are as exact from 1/64 to 448, and keys are
+  normalised. A block then attends to itself as it is stored, too.
+
+  Attributes:
+    k, v: what is stored.
+    seen: dtype in which they are read; "" = as they are stored.
+  """
 
   k: Array
   v: Array
+  seen: str = ""
 
   def write(self, layer: Array | int, slot: Array, k: Array, v: Array) -> "KVCache":
     """Writes a block's keys and values `[B, S_b, N, D]` into slot `[B]` of a layer, in place."""
 
     def put(store: Array, new: Array) -> Array:
-      new = new.astype(store.dtype)[None, :, None]
+      new = stored_as(new, store.dtype)[None, :, None]
       for sample in range(new.shape[1]):
         at = (layer, sample, slot[sample], 0, 0, 0)
         store = jax.lax.dynamic_update_slice(store, new[:, sample : sample + 1], at)
       return store
 
-    return KVCache(put(self.k, k), put(self.v, v))
+    return dataclasses.replace(self, k=put(self.k, k), v=put(self.v, v))
 
   def read(self, layer: Array | int, level: int) -> tuple[Array, Array]:
     """Keys and values `[B, level * S_b, N, D]` of the lowest `level` slots of a layer."""
@@ -46,7 +57,7 @@ class KVCache:
       _, batch, _, tokens, heads, dim = store.shape
       size = (1, batch, level, tokens, heads, dim)
       part = jax.lax.dynamic_slice(store, (layer, 0, 0, 0, 0, 0), size)
-      return part.reshape(batch, level * tokens, heads, dim)
+      return part.reshape(batch, level * tokens, heads, dim).astype(self.seen or part.dtype)
 
     return take(self.k), take(self.v)
 
@@ -72,7 +83,7 @@ class KVCache:
   def specs(self, axis: str) -> "KVCache":
     """Where its arrays are split if the heads are split over a mesh axis."""
     heads: Any = P(None, None, None, None, axis)
-    return KVCache(heads, heads)
+    return dataclasses.replace(self, k=heads, v=heads)
 
 
 class Cache(Protocol):
@@ -85,12 +96,28 @@ class Cache(Protocol):
   def specs(self, axis: str) -> Any: ...
 
 
+@functools.partial(jax.jit, static_argnums=1)
+def stored_as(x: Array, dtype: jax.typing.DTypeLike) -> Array:
+  """x in the dtype of a cache; what FP8 cannot hold becomes the largest number that it can."""
+  if dtype == FP8:
+    largest = float(jnp.finfo(FP8).max)
+    x = jnp.clip(x, -largest, largest)
+  return x.astype(dtype)
+
+
 def empty_cache(
-  layers: int, batch: int, slots: int, block_tokens: int, heads: int, head_dim: int, dtype: str
+  layers: int,
+  batch: int,
+  slots: int,
+  block_tokens: int,
+  heads: int,
+  head_dim: int,
+  dtype: str,
+  seen: str = "",
 ) -> KVCache:
-  """A cache of zeros."""
+  """A cache of zeros, stored in `dtype`; `seen` as in `KVCache`."""
   shape = (layers, batch, slots, block_tokens, heads, head_dim)
-  return KVCache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype))
+  return KVCache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype), seen)
 
 
 @dataclasses.dataclass(frozen=True)

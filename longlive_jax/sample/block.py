@@ -13,11 +13,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from longlive_jax.config import Model
+from longlive_jax.config import Experiment, Model
 from longlive_jax.model import solvers
 from longlive_jax.model.attention import Cached
 from longlive_jax.model.dit import TextKV
-from longlive_jax.model.kv_cache import Cache
+from longlive_jax.model.kv_cache import FP8, Cache
 from longlive_jax.model.module import Network
 from longlive_jax.model.ops import REFERENCE, Ops
 from longlive_jax.model.rope import Rope, expand, spatial_table
@@ -28,6 +28,15 @@ from longlive_jax.types import Array, PyTree
 Texts = tuple[TextKV, ...]
 # one entry a guidance branch: a cache, or of an unrolled network one a layer
 Caches = tuple[Cache | tuple[Cache, ...], ...]
+
+
+def stored_in(experiment: Experiment) -> tuple[str, str]:
+  """Dtype of a cache that is not in NVFP4, and that in which it is read, "" if it is the same."""
+  model = experiment.model
+  if experiment.quant.cache == "none":
+    return model.dtype, ""
+  as_it_is = model.attention == "fp8" and not experiment.sample.relative_rope
+  return FP8, "" if as_it_is else model.dtype
 
 
 @dataclasses.dataclass(frozen=True)

@@ -26,7 +26,7 @@ from longlive_jax.model.kv_cache import Cache, SlotState, admit, empty_cache, ke
 from longlive_jax.parallel.rules import at, home_of
 from longlive_jax.parallel.share import LATENTS, island, place_caches
 from longlive_jax.quant.kv import empty_quantised_cache
-from longlive_jax.sample.block import Caches, Denoiser, Texts
+from longlive_jax.sample.block import Caches, Denoiser, Texts, stored_in
 from longlive_jax.sample.latents import block_shape
 from longlive_jax.sample.schedule import SampleState, Schedule, States
 from longlive_jax.sample.together import Lowered, compile_all
@@ -144,8 +144,8 @@ class Engine:
     tokens = model.block_latents * self.experiment.latent_tokens
     slots = self.schedule.window.slots
     shape = (layers, self.batch, slots, tokens, model.heads, model.head_dim)
-    if quant.cache == "none":
-      return empty_cache(*shape, model.dtype)
+    if quant.cache != "nvfp4":
+      return empty_cache(*shape, *stored_in(self.experiment))
     axis = SEQ if self.denoiser.ops.mesh else ""
     kernels = use_kernels(quant.kernels, local=bool(axis))
     return empty_quantised_cache(

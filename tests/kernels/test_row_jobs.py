@@ -1,18 +1,24 @@
 """Passes over rows: the kernels interpreted, and what they lower to, against plain definitions."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import PartitionSpec as P
 
 from longlive_jax.kernels import row_jobs, rows
 from longlive_jax.kernels.row_jobs import Product
 from longlive_jax.kernels.rows import PART, Tuning, fitting, takes
+from longlive_jax.model.attention import Cached
 from longlive_jax.model.between import Between, OnePass
 from longlive_jax.model.layers import gelu
 from longlive_jax.model.ops import REFERENCE, affine_norm
+from longlive_jax.model.rope import Rope, rotate
 from longlive_jax.quant.fp8 import Rows, quantise_rows
 from longlive_jax.quant.fp8_rows import Fp8OnePass
+from longlive_jax.types import SEQ
 from tests.kernels.mosaic import interpreted, lower
 
 T, GROUPS, WIDTH, EPS = 26, 2, 2 * PART, 1e-6
@@ -87,6 +93,13 @@ def test_gelu_of_a_product(run, scaled):
   check_rows(run(row_jobs.gelu_rows, y), gelu(y.whole()))
 
 
+def test_gelu_that_goes_with_a_product_in_bfloat16():
+  y = a_product(0, False)
+  found = np.asarray(OnePass().activate(REFERENCE, y, "a"), np.float32)
+  wanted = np.asarray(gelu(y.whole()), np.float32)
+  assert np.linalg.norm(found - wanted) < 6e-3 * np.linalg.norm(wanted)
+
+
 @pytest.mark.parametrize("quantise", [True, False])
 def test_modulated_norm(run, quantise):
   found = run(lambda *a: row_jobs.norm_rows(*a, EPS, quantise), X, FACTOR, SHIFT)
@@ -124,6 +137,38 @@ def test_root_mean_square_norm_of_a_product(run):
   (found,) = run(lambda y, w: row_jobs.rms_rows(y, w, EPS), y, weight)
   wanted = Between().rms(y, weight, EPS)
   np.testing.assert_allclose(found, np.asarray(wanted, np.float32), rtol=8e-3, atol=1e-6)
+
+
+@pytest.mark.parametrize("relative", [False, True])
+def test_norms_that_turn_queries_and_keys(run, relative):
+  """With positions of the window keys are turned when they are read, so nothing is turned early."""
+  y, weight, x = a_product(9, True), draw(40, WIDTH), X.reshape(1, T, WIDTH)
+  turn = Rope(*(jnp.asarray(f(draw(41, 1, T, 64))) for f in (jnp.cos, jnp.sin)))
+  plan = Cached(1, turn, jnp.zeros(1, jnp.int32), window_rope=turn if relative else None)
+  early, rest = OnePass().turns(REFERENCE, plan, x)
+  assert (
+    rest.rope is (turn if relative else None) and Between().turns(REFERENCE, plan, x)[1] is plan
+  )
+  y = Product(y.values.reshape(x.shape), y.bias, y.rows, y.columns)
+  (found,) = run(lambda y, w: [OnePass().rms(y, w, EPS, early)], y, weight)
+  heads = Between().rms(y, weight, EPS).reshape(1, T, -1, 128)
+  wanted = (heads if relative else rotate(heads, turn)).reshape(x.shape)
+  np.testing.assert_allclose(found, np.asarray(wanted, np.float32), rtol=8e-3, atol=2e-2)
+  np.testing.assert_array_equal(Between().rms(y, weight, EPS, early), wanted)
+
+
+def test_devices_that_share_a_block_turn_their_own_tokens():
+  mesh = jax.make_mesh((2,), (SEQ,), axis_types=(jax.sharding.AxisType.Auto,))
+  turn = Rope(*(draw(s, 1, T, 64) for s in (41, 42)))
+
+  def job(x):
+    ops = dataclasses.replace(REFERENCE, mesh=mesh)
+    return OnePass().turns(ops, Cached(1, turn, jnp.zeros(1, jnp.int32)), x)[0]
+
+  split = P(None, SEQ)
+  found = jax.jit(jax.shard_map(job, mesh=mesh, in_specs=split, out_specs=split, check_vma=False))
+  for ours, theirs in zip(*map(jax.tree.leaves, (found(X[None]), turn)), strict=True):
+    np.testing.assert_array_equal(ours, theirs)
 
 
 def test_rows_that_do_not_fit_are_left_to_jnp():
@@ -179,6 +224,9 @@ def test_real_sizes_lower_for_hopper(monkeypatch, width):
     x, each = shape(tokens, width, dtype=BF16), shape(8, width)
     job = lambda x, y, g, f, s: row_jobs.add_norm_rows(x, y, g, f, s, EPS, True)  # noqa: E731
     assert "mosaic_gpu" in lower(monkeypatch, job, x, y, each, each, each)
+    turned = lambda y, w, *turn: row_jobs.rms_rows(y, w, EPS, turn)  # noqa: E731
+    angles = [shape(tokens, 64)] * 2
+    assert "mosaic_gpu" in lower(monkeypatch, turned, y, shape(width), *angles)
 
 
 @pytest.mark.gpu
@@ -201,6 +249,14 @@ def test_real_sizes_on_a_hopper_gpu():
   }
   for job, wanted in jobs.values():
     check_rows([np.asarray(each, np.float32) for each in jax.jit(job)()], wanted, 0.06)
+  turn = [f(draw(40, tokens, 64)) for f in (jnp.cos, jnp.sin)]
+  weight = draw(41, width)
+  found = jax.jit(lambda: row_jobs.rms_rows(y, weight, EPS, turn))()[0]
+  heads = Between().rms(y, weight, EPS).reshape(1, tokens, -1, 128)
+  wanted = rotate(heads, Rope(*(each[None] for each in turn))).reshape(tokens, width)
+  np.testing.assert_allclose(
+    np.asarray(found, np.float32), np.asarray(wanted, np.float32), rtol=8e-3, atol=4e-2
+  )
   for _ in range(20):  # a race would not show every time
     total, *found = jax.jit(row_jobs.add_norm_rows, static_argnums=(5, 6))(
       x, y, gate, factor, shift, EPS, True

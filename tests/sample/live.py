@@ -26,6 +26,7 @@ CACHES: dict[str, tuple[str, dict, dict]] = {
     {"window_latents": 6, "sink_latents": 0, "guidance": 1.5},
     {"cache": "nvfp4", "cache_smoothing": "tokens"},
   ),
+  "fp8": ("float32", {"window_latents": 6}, {"cache": "fp8"}),
 }
 # first block -> what is pushed before it; from block 3 on the window is full
 STORY = {

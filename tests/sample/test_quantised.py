@@ -15,6 +15,7 @@ from longlive_jax.data.prompts import Script, Shot
 from longlive_jax.model.dit import declare_dit, separate_layers
 from longlive_jax.quant.kv import QuantisedKVCache
 from longlive_jax.quant.policy import quantise_params
+from longlive_jax.sample.block import stored_in
 from longlive_jax.sample.sampler import Sampler
 from tests.sample.tiny import experiment, shaken
 
@@ -49,15 +50,21 @@ def plain() -> np.ndarray:
   [
     FULL,
     {"cache": "nvfp4"},
+    {"cache": "fp8"},
+    {"linears": "fp8", "cache": "fp8"},
   ],
 )
 def test_a_quantised_video_is_near_the_plain_one(plain: np.ndarray, settings: dict[str, str]):
   video, sampler = video_of(**settings)
-  assert isinstance(sampler.prepare().engine.start().caches[0], QuantisedKVCache)
+  cache = sampler.prepare().engine.start().caches[0]
+  if settings["cache"] == "fp8":
+    assert cache.k.dtype == cache.v.dtype == jnp.float8_e4m3fn
+  else:
+    assert isinstance(cache, QuantisedKVCache)
   assert video.shape == plain.shape and np.isfinite(video).all()
   relative = np.linalg.norm(video - plain) / np.linalg.norm(plain)
   assert 1e-5 < relative < 0.3
-  if "linears" not in settings:  # the first block has seen no cache
+  if settings == {"cache": "nvfp4"}:  # the first block has seen no cache
     np.testing.assert_allclose(video[:, :2], plain[:, :2], atol=1e-5)
 
 
@@ -90,6 +97,16 @@ def test_separate_layers_make_the_same_video(settings: dict[str, str]):
 def test_wrong_settings_are_named(settings: dict[str, str], message: str):
   with pytest.raises(ValueError, match=message):
     quantised(**settings)
+
+
+@pytest.mark.parametrize("relative", [False, True])
+@pytest.mark.parametrize("attention", ["auto", "fp8"])
+def test_keys_in_fp8_are_read_as_attention_takes_them(attention: str, relative: bool):
+  """In FP8 for FP8 attention, but for keys that are turned each time they are read."""
+  config = from_json(to_json(experiment(relative_rope=relative)))
+  config.model.attention, config.quant = attention, Quant(cache="fp8")
+  as_they_are = attention == "fp8" and not relative
+  assert stored_in(config) == ("float8_e4m3fn", "" if as_they_are else config.model.dtype)
 
 
 def test_a_cache_needs_heads_of_whole_blocks():

@@ -121,7 +121,7 @@ def test_what_is_said_is_saved_too(tmp_path: Path):
   check_blocks(frames, list(sampler.stream(script, **options)))
 
 
-@pytest.mark.parametrize("name", ["float32", "nvfp4"])
+@pytest.mark.parametrize("name", ["float32", "nvfp4", "fp8"])
 @pytest.mark.parametrize(("there", "here"), [(1, 2), (2, 1), (2, 2)])
 def test_a_session_goes_on_with_another_number_of_devices(
   name: str, there: int, here: int, tmp_path: Path
