@@ -28,9 +28,11 @@ DISTILL = (
   *("--config.train.remat=full", "--config.train.steps=6", "--config.io.log_every_steps=1"),
 )
 PARKED, SHARED = "--config.model.text.parked", "--config.parallel.seq=2"
+BLOCKS = "bfloat16,fp8 linears,fp8 both,fp8 all"
+BY_XLA = "bfloat16 by XLA,fp8 linears by XLA,fp8 both by XLA"
 GPUS = flags.DEFINE_list("gpus", [], "GPUs to use, by number; empty = all")
 OUT = flags.DEFINE_string("out", "outputs/bench", "folder of records and logs")
-ONLY = flags.DEFINE_list("only", [], "only rows whose name has one of these in it")
+ONLY = flags.DEFINE_list("only", [], "only rows of these names, or with one of these in their name")
 LIST = flags.DEFINE_bool("list", False, "show the rows and end")
 
 
@@ -52,13 +54,6 @@ def suite(name: str, *more: str, gpus: int = 1) -> Job:
   return Job(name, gpus, (("-m", "launch.bench", *more, "--repeats=20", out),))
 
 
-def blocks(variant: str) -> Job:
-  """A block in one precision, by kernels and by XLA."""
-  chosen = [variant, f"{variant} by XLA", *(["fp8 all"] if variant == "fp8 both" else [])]
-  name = f"block_{variant.replace(' ', '_')}"
-  return suite(name, "--suite=block", "--steps=4,2", f"--implementations={','.join(chosen)}")
-
-
 def distilled(name: str, config: str, *more: str) -> Job:
   """Steps of distillation; see `launch.train`."""
   program = ("-m", "launch.train", f"--config={config}", *more, *DISTILL)
@@ -78,7 +73,8 @@ def rows() -> list[Job]:
     rollout("two_exchange_fp8", "", SHARED, two, "--config.parallel.exchange=fp8", gpus=2),
     suite("sp", "--suite=sp", gpus=2),
     Job("start", 1, (cold, warm)),
-    *(blocks(name) for name in ("bfloat16", "fp8 linears", "fp8 both")),
+    suite("block", "--suite=block", "--steps=4", f"--implementations={BLOCKS},{BY_XLA}"),
+    suite("block_2steps", "--suite=block", "--steps=2", f"--implementations={BLOCKS}"),
     rollout("bfloat16", "", PARKED, two),
     rollout("fp8_linears", "fp8", "--config.model.attention=auto", "--config.quant.cache=none"),
     rollout("parked", "fp8", PARKED, "--parts=frames"),
@@ -120,11 +116,13 @@ def chosen_rows() -> list[Job]:
     ValueError: none.
   """
   known = rows()
+  names, chosen = [job.name for job in known], set[str]()
   for part in ONLY.value:
-    if not any(part in job.name for job in known):
-      names = ", ".join(job.name for job in known)
-      raise ValueError(f"--only={part} is in the name of no row; the rows are {names}")
-  return [job for job in known if not ONLY.value or any(part in job.name for part in ONLY.value)]
+    found = [part] if part in names else [name for name in names if part in name]
+    if not found:
+      raise ValueError(f"--only={part} is in the name of no row; the rows are {', '.join(names)}")
+    chosen.update(found)
+  return [job for job in known if not chosen or job.name in chosen]
 
 
 def main(argv: list[str]) -> None:

@@ -9,6 +9,9 @@ NVFP4 has for a whole tensor are the largest of all devices.
 
     [B, S / P, N, D]  --all-to-all-->  [B, S, N / P, D]  --attend-->  --all-to-all-->  as before
 
+Queries, keys and values travel by themselves, each while the next is computed, in pieces `[P, ...]`
+that lie as they are sent and, of one video, as they are read: nothing is copied for the exchange.
+
 Source: spec/inference.md section 6, spec/jax.md section 5.
 """
 
@@ -58,19 +61,35 @@ def exchanged(dense: Dense, travel: Travel = AS_THEY_ARE) -> Attend:
   ) -> tuple[Array, Any]:
     if isinstance(plan, Cross):
       return plan.attend(dense, q, k, v, cache, layer)
-    q, k, v = to_heads(q, k, v, travel)
+    v, k, q = (to_heads(x, travel) for x in (v, k, q))
     out, cache = plan.attend(dense, q, k, v, cache, layer)
-    sent = jax.lax.all_to_all(travel.pack(out), SEQ, split_axis=1, concat_axis=2, tiled=True)
-    return travel.unpack(sent, out.dtype), cache
+    return to_tokens(out, travel), cache
 
   return attend
 
 
-def to_heads(q: Array, k: Array, v: Array, travel: Travel = AS_THEY_ARE) -> Array:
-  """`[3, B, S, N / P, D]` of q, k and v `[B, S / P, N, D]`, in one exchange."""
-  sent = travel.pack(jnp.stack([q, k, v]))
-  sent = jax.lax.all_to_all(sent, SEQ, split_axis=3, concat_axis=2, tiled=True)
-  return travel.unpack(sent, q.dtype)
+def to_heads(x: Array, travel: Travel = AS_THEY_ARE) -> Array:
+  """`[B, S, N / P, D]` of `[B, S / P, N, D]`."""
+  batch, tokens, heads, dim = x.shape
+  pieces = jax.lax.axis_size(SEQ)
+  x = x.reshape(batch, tokens, pieces, heads // pieces, dim)
+  found = _exchange(jnp.moveaxis(x, 2, 0), travel)  # [P, B, S / P, N / P, D]
+  return jnp.moveaxis(found, 0, 1).reshape(batch, pieces * tokens, heads // pieces, dim)
+
+
+def to_tokens(x: Array, travel: Travel = AS_THEY_ARE) -> Array:
+  """`[B, S / P, N, D]` of `[B, S, N / P, D]`."""
+  batch, tokens, heads, dim = x.shape
+  pieces = jax.lax.axis_size(SEQ)
+  x = x.reshape(batch, pieces, tokens // pieces, heads, dim)
+  found = _exchange(jnp.moveaxis(x, 1, 0), travel)  # [P, B, S / P, N / P, D]
+  return jnp.moveaxis(found, 0, 2).reshape(batch, tokens // pieces, pieces * heads, dim)
+
+
+def _exchange(x: Array, travel: Travel) -> Array:
+  """The piece for this device of every device, of the pieces `[P, ..., D]` that each has."""
+  sent = jax.lax.all_to_all(travel.pack(x), SEQ, split_axis=0, concat_axis=0, tiled=True)
+  return travel.unpack(sent, x.dtype)
 
 
 def island(

@@ -154,7 +154,7 @@ def test_an_exchange_in_fp8_sends_half_the_bytes_and_changes_little():
   (found, sent), (wanted, plain) = (
     attended(travel) for travel in (Travel(to_bytes, from_bytes), share.AS_THEY_ARE)
   )
-  assert [kind for kind, _ in sent] == ["u8", "u8"] and len(plain) == 2
+  assert [kind for kind, _ in sent] == ["u8"] * 4 and len(plain) == 4
   for (_, numbers), (_, elements) in zip(sent, plain, strict=True):
     assert numbers == elements * (128 + 4) / 128
   for ours, exact in zip(found, wanted, strict=True):
@@ -173,11 +173,12 @@ def test_latents_are_whole_and_caches_are_split_over_heads(name: str):
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_two_exchanges_a_layer_and_nothing_is_gathered_or_copied(name: str):
+def test_four_exchanges_a_layer_and_nothing_is_gathered_or_copied(name: str):
   engine, (_, _, _, unrolled, batch) = made(name, True)[0], CASES[name]
   layers = engine.experiment.model.layers if unrolled else 1  # one in the body of the scan
-  exchanges, level = 2 * layers * engine.branches, max(engine.denoise)
-  unused = engine.branches if unrolled else 0  # what comes out of the last layer of a clean pass
+  exchanges, level = 4 * layers * engine.branches, max(engine.denoise)
+  # queries and results of the last layer of a clean pass
+  unused = 2 * engine.branches if unrolled else 0
   caches = jax.tree.leaves(engine.start().caches)
   runs = (engine.denoise[level], exchanges, 1), (engine.commit[level], exchanges - unused, 0)
   for run, exchanged, latents in runs:
