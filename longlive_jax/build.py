@@ -12,6 +12,7 @@ from jax.sharding import Mesh
 
 from longlive_jax.config import Experiment
 from longlive_jax.config.load import load_config
+from longlive_jax.io.tuned import put_tuned
 from longlive_jax.kernels.matmul_choice import use_kernels
 from longlive_jax.model.between import OnePass
 from longlive_jax.model.dit import declare_dit, separate_layers
@@ -51,6 +52,17 @@ def enable_compile_cache(experiment: Experiment) -> None:
   jax.config.update("jax_compilation_cache_dir", folder)
   jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
   jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+
+
+def _use_tuned() -> None:
+  """Puts what XLA has timed before into the compilation cache, for a GPU."""
+  folder = jax.config.jax_compilation_cache_dir
+  if not folder or jax.default_backend() != "gpu":
+    return
+  try:
+    logging.info("%d choices of algorithms that were timed before", put_tuned(folder))
+  except OSError as error:
+    logging.warning("what was timed before is not used: %s", error)
 
 
 def choose_ops(experiment: Experiment) -> Ops:
@@ -243,6 +255,7 @@ class Pipeline(Sampler):
       ValueError: the weights contradict the experiment, `parallel.seq` cannot be, or adapters do
         not fit.
     """
+    _use_tuned()
     shared = mesh is None and experiment.parallel.seq > 1
     mesh, adapters = sampling_mesh(experiment) if shared else mesh, find_adapters(experiment)
     choose = functools.partial(sampling_ops, local=shared)

@@ -218,7 +218,7 @@ class Held:
   def made(
     self, variant: Variant, args: tuple[PyTree, ...]
   ) -> tuple[Callable[..., PyTree], Record]:
-    """A compiled function `(noise, text) -> (latents, cache)`; the cache is valid until the next."""
+    """A function `(noise, text) -> (latents, cache)`; the cache is valid until the next call."""
     experiment = variant.experiment
     unrolled = self.unrolls(experiment)
     params = self.weights(experiment, unrolled)

@@ -138,14 +138,18 @@ def bytes_of(tree: PyTree) -> int:
 
 
 def to_host(tree: PyTree) -> PyTree:
-  """Arrays in host memory."""
+  """Arrays in host memory; all are copied at a time, while the devices go on with what they have."""
+  for leaf in jax.tree.leaves(tree):
+    if isinstance(leaf, jax.Array):
+      leaf.copy_to_host_async()
   return jax.tree.map(np.asarray, tree)
 
 
 def on_host(moment: Moment, slots: Mapping[int, Caches]) -> Moment:
   """The moment on the host, with these contents of slots."""
   rollout = dataclasses.replace(moment.rollout, caches=())
-  return Moment(rollout, to_host(moment.decoder), moment.account, to_host(slots))
+  decoder, slots = to_host((moment.decoder, slots))
+  return Moment(rollout, decoder, moment.account, slots)
 
 
 def overwritten(schedule: Schedule, state: RolloutState, entry: BlockPrompt) -> list[int]:
