@@ -9,7 +9,7 @@ Rows of FP8 have a scale each, the largest magnitude / 448.
 import dataclasses
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from typing import Any
 
 import jax
@@ -61,6 +61,11 @@ class Product:
     return self.values.reshape(-1, self.values.shape[-1])
 
   @property
+  def lacks(self) -> tuple[bool, bool]:
+    """Whether its scales, and its bias, are still to come."""
+    return self.rows is not None, self.bias is not None
+
+  @property
   def scalars(self) -> tuple[jax.Array, ...]:
     """What a kernel is given for each row."""
     return () if self.rows is None else (self.rows,)
@@ -80,6 +85,7 @@ class Product:
 
 
 def _run(
+  name: tuple[Hashable, ...],
   job: tuple[Any, Any],
   tuning: Tuning,
   rows: Sequence[jax.Array],
@@ -88,13 +94,15 @@ def _run(
   outs: Sequence[jax.ShapeDtypeStruct],
   groups: int = 1,
 ) -> tuple[jax.Array, ...] | None:
-  """Results, or None where shared memory is too small."""
+  """Results, or None where shared memory is too small; `name` is all that the job depends on."""
   row_bytes = sum(x.shape[-1] * x.dtype.itemsize for x in rows)
   column_bytes = sum(x.shape[-1] * x.dtype.itemsize for x in columns)
   found = fitting(tuning, row_bytes, column_bytes)
   if found is None:
     found = fitting(dataclasses.replace(tuning, blocks=1, buffers=1), row_bytes, column_bytes)
-  return None if found is None else RowsKernel(*job, groups, found)(rows, scalars, columns, outs)
+  return (
+    None if found is None else RowsKernel(name, *job, groups, found)(rows, scalars, columns, outs)
+  )
 
 
 def _outputs(x: jax.Array, quantise: bool) -> list[jax.ShapeDtypeStruct]:
@@ -122,7 +130,7 @@ def quantise_rows(x: jax.Array) -> tuple[jax.Array, ...] | None:
   def finish(tools: Tools, row: Parts, scalars: Any, columns: Any) -> tuple[Any, ...]:
     return _result(tools, row, True)
 
-  return _run((read, finish), QUANTISE, (x,), (), (), _outputs(x, True))
+  return _run(("quantise",), (read, finish), QUANTISE, (x,), (), (), _outputs(x, True))
 
 
 def gelu_rows(y: Product) -> tuple[jax.Array, ...] | None:
@@ -140,8 +148,8 @@ def gelu_rows(y: Product) -> tuple[jax.Array, ...] | None:
   def finish(tools: Tools, row: Parts, scalars: Any, columns: Any) -> tuple[Any, ...]:
     return _result(tools, row, True)
 
-  x = y.flat
-  return _run((read, finish), GELU, (x,), y.scalars, y.vectors, _outputs(x, True))
+  x, name = y.flat, ("gelu", y.lacks)
+  return _run(name, (read, finish), GELU, (x,), y.scalars, y.vectors, _outputs(x, True))
 
 
 def _normalised(tools: Tools, row: Parts, factor: Row, shift: Row, eps: float) -> Parts:
@@ -172,8 +180,8 @@ def norm_rows(
   def finish(tools: Tools, row: Parts, scalars: Any, columns: Sequence[Row]) -> tuple[Any, ...]:
     return _result(tools, _normalised(tools, row, columns[0], columns[1], eps), quantise)
 
-  outs = _outputs(x, quantise)
-  return _run((read, finish), NORM, (x,), (), (factor, shift), outs, factor.shape[0])
+  name, outs = ("norm", eps, quantise), _outputs(x, quantise)
+  return _run(name, (read, finish), NORM, (x,), (), (factor, shift), outs, factor.shape[0])
 
 
 def add_norm_rows(
@@ -214,8 +222,9 @@ def add_norm_rows(
     return row, *_result(tools, normed, quantise)
 
   outs = [jax.ShapeDtypeStruct(x.shape, BF16), *_outputs(x, quantise)]
-  columns = (*y.vectors, *shared)
-  return _run((read, finish), ADD_NORM, (y.flat, x), y.scalars, columns, outs, groups)
+  rows, columns = (y.flat, x), (*y.vectors, *shared)
+  name = "add and norm", y.lacks, gate is None, eps, quantise
+  return _run(name, (read, finish), ADD_NORM, rows, y.scalars, columns, outs, groups)
 
 
 def rms_rows(
@@ -250,4 +259,5 @@ def rms_rows(
     return (row,)
 
   rows, columns = (y.flat, *(turn or ())), (*y.vectors, weight)
-  return _run((read, finish), RMS, rows, y.scalars, columns, _outputs(y.flat, False))
+  name, outs = ("rms", y.lacks, eps, turn is not None), _outputs(y.flat, False)
+  return _run(name, (read, finish), RMS, rows, y.scalars, columns, outs)

@@ -15,7 +15,7 @@ other: here each has its own.
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -23,6 +23,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from longlive_jax.kernels.once import call_once_lowered
 from longlive_jax.kernels.row_rotation import turned
 
 VEC = 4
@@ -165,12 +166,14 @@ class RowsKernel:
   """One pass over T rows.
 
   Attributes:
+    name: what `read` and `finish` depend on.
     read: `(tools, rows, scalars, columns) -> state`, the only one that sees the rows.
     finish: `(tools, state, scalars, columns) -> outputs`: parts of a row, or a scalar, each.
     groups: T / groups consecutive rows share columns.
     tuning: layout.
   """
 
+  name: Hashable
   read: Job
   finish: Job
   groups: int
@@ -191,13 +194,24 @@ class RowsKernel:
       columns: `[N]` or `[groups, N]`.
       outs: shapes `[T, N]` or `[T]`.
     """
+    counts = len(rows), len(scalars), len(columns), len(outs)
+    args, run = (*rows, *scalars, *columns), functools.partial(self._run, counts, outs)
+    if not INLINE:
+      return run(*args)
+    return call_once_lowered(run, (self.name, self.groups, self.tuning, counts), args, outs)
+
+  def _run(
+    self,
+    counts: tuple[int, int, int, int],
+    outs: Sequence[jax.ShapeDtypeStruct],
+    *args: jax.Array,
+  ) -> tuple[jax.Array, ...]:
+    """The kernel itself; the arguments are `counts` rows, scalars and columns."""
     warps, buffers = self.tuning.warpgroups, self.tuning.buffers
+    rows, _, columns = _split(args, counts[:3])
     shares = self._shares(rows[0].shape[0])
-    body = functools.partial(
-      self._block, shares, (len(rows), len(scalars), len(columns), len(outs))
-    )
     run = plgpu.kernel(
-      body,
+      functools.partial(self._block, shares, counts),
       out_type=list(outs),
       grid=(shares * self.groups,),
       grid_names=("block",),
@@ -212,7 +226,7 @@ class RowsKernel:
       ),
       compiler_params=plgpu.CompilerParams(unsafe_no_auto_barriers=True, approx_math=True),
     )
-    return tuple(run(*rows, *scalars, *columns))
+    return tuple(run(*args))
 
   def _shares(self, total: int) -> int:
     """Blocks that share the rows of a group."""

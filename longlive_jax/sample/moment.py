@@ -138,7 +138,7 @@ def bytes_of(tree: PyTree) -> int:
 
 
 def to_host(tree: PyTree) -> PyTree:
-  """Arrays in host memory; all are copied at a time, while the devices go on with what they have."""
+  """Arrays in host memory, all copied at a time while the devices go on with what they have."""
   for leaf in jax.tree.leaves(tree):
     if isinstance(leaf, jax.Array):
       leaf.copy_to_host_async()
