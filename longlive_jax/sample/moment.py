@@ -7,7 +7,7 @@ is what was there, to the bit.
 """
 
 import dataclasses
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -16,6 +16,7 @@ import numpy as np
 
 from longlive_jax.config import Experiment
 from longlive_jax.data.prompts import BlockPrompt, Shot, first_block
+from longlive_jax.sample.aside import bytes_of, to_host
 from longlive_jax.sample.block import Caches
 from longlive_jax.sample.decoder import Decoder
 from longlive_jax.sample.rollout import Engine, RolloutState
@@ -132,23 +133,12 @@ def status(
   )
 
 
-def bytes_of(tree: PyTree) -> int:
-  """Bytes of arrays, or of arrays of these shapes."""
-  return sum(a.size * a.dtype.itemsize for a in jax.tree.leaves(tree))
-
-
-def to_host(tree: PyTree) -> PyTree:
-  """Arrays in host memory, all copied at a time while the devices go on with what they have."""
-  for leaf in jax.tree.leaves(tree):
-    if isinstance(leaf, jax.Array):
-      leaf.copy_to_host_async()
-  return jax.tree.map(np.asarray, tree)
-
-
-def on_host(moment: Moment, slots: Mapping[int, Caches]) -> Moment:
-  """The moment on the host, with these contents of slots."""
+def on_host(
+  moment: Moment, slots: Mapping[int, Caches], put: Callable[[PyTree], PyTree] = to_host
+) -> Moment:
+  """The moment on the host, with these contents of slots, put there by a function."""
   rollout = dataclasses.replace(moment.rollout, caches=())
-  decoder, slots = to_host((moment.decoder, slots))
+  decoder, slots = put((moment.decoder, slots))
   return Moment(rollout, decoder, moment.account, slots)
 
 
@@ -229,8 +219,9 @@ class Keeper:
       caches: whose other slots are kept; donated. None = the moment has all its slots.
     """
     caches = self._engine.empty() if caches is None else caches
+    places = jax.tree.map(lambda a: a.sharding, self.part)
     for slot, part in (moment.slots or {}).items():
-      caches = self._put(caches, np.int32(slot), part)
+      caches = self._put(caches, np.int32(slot), jax.device_put(part, places))
     rollout = dataclasses.replace(moment.rollout, caches=caches)
     return Moment(rollout, self._place(moment.decoder), moment.account)
 

@@ -4,7 +4,6 @@
     session.push("one red circle moving right, over snow")
     frames = session.next_block()  # uint8 [29, H, W, 3]
     session.cut("one purple triangle moving up, over sand")
-    frames = session.next_block()  # uint8 [32, H, W, 3]
 
 The frames are, to the bit, those of a script with these prompts, as both make their blocks with
 `Compiled.sample`. A session is a value and a name for it: each block turns one `Moment` into the
@@ -22,6 +21,7 @@ import numpy as np
 
 from longlive_jax.checks import check_shape
 from longlive_jax.data.prompts import Shot, first_block
+from longlive_jax.sample.aside import ASIDE
 from longlive_jax.sample.block import Texts
 from longlive_jax.sample.latents import not_finite, split_blocks
 from longlive_jax.sample.moment import Account, Moment, Status, on_host, overwritten, status
@@ -42,10 +42,10 @@ class Session:
     seed: of the noise, 0 <= seed < 2**32; None = `sample.seed`.
     index: part of the noise's key like the seed, the index of a script in `stream_batch`.
     image: uint8 `[H, W, 3]`, the first frame.
-    keep: blocks that `rewind` can go back. Each takes host memory for one slot of the cache and for
-      the decoder's state: 5.4 GiB at 5B and 704x1280 in bfloat16, 3.7 GiB with the NVFP4 cache; a
-      block that is computed under `recache`, or a cut under `sample.recache_cuts`, takes all slots
-      but the sink. 0 = none, and nothing is copied.
+    keep: blocks that `rewind` can go back. Each takes host memory for a slot of the cache and the
+      decoder's state: 5.4 GiB at 5B and 704x1280 in bfloat16, 3.7 with the NVFP4 cache; a block
+      computed under `recache`, or a cut under `sample.recache_cuts`, takes all slots but the sink.
+      It is pinned memory while there is some, see `aside.py`. 0 = none, nothing is copied.
 
   Raises:
     ValueError: an image of another size, a number out of range, or a sampler some of whose devices
@@ -162,8 +162,8 @@ class Session:
       latents, rollout = run.sample(*step, keys, *run.known(None if block else self._first))
     else:
       latents, rollout = run.absorb(*step, given)
-    if self.keep:  # to the host while the devices are at work
-      self._points = (*self._points, on_host(moment, slots))[-self.keep :]
+    if self.keep:  # while the devices are at work
+      self._points = (*self._points, on_host(moment, slots, ASIDE.put))[-self.keep :]
     frames, decoder = run.decoder.decode(latents, moment.decoder)
     finite, video = bool(run.finite(latents)), np.asarray(frames)[0]
     self._moment = Moment(rollout, decoder, account).with_host_history()
