@@ -67,8 +67,11 @@ def draw_products(axes: plt.Axes, records: list[Record]) -> None:
 
 def draw_passes(axes: plt.Axes, records: list[Record]) -> None:
   """A bar for each record, beside the memory's rate."""
-  names = [record["case"] for record in records]
-  axes.barh(range(len(names)), [r["gigabytes_per_second"] / 1e3 for r in records], color="#9ecae1")
+  by_kernel = [record["implementation"] != "jnp" for record in records]
+  ends = [", by a kernel" if each else "" for each in by_kernel]
+  names = [record["case"] + end for record, end in zip(records, ends, strict=True)]
+  colours = ["#3182bd" if each else "#9ecae1" for each in by_kernel]
+  axes.barh(range(len(names)), [r["gigabytes_per_second"] / 1e3 for r in records], color=colours)
   axes.set_yticks(range(len(names)), names)
   axes.invert_yaxis()
   axes.axvline(MEMORY, color="#3b3b3b", linewidth=1)

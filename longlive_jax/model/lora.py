@@ -151,9 +151,12 @@ def adapted_ops(ops: Ops) -> Ops:
   def matmul(x: Any, w: Any, bias: Array | None, *, path: str, key: Array | None) -> Array:
     if not isinstance(w, Adapted):
       return ops.matmul(x, w, bias, path=path, key=key)
-    y = ops.matmul(x, w.base, bias, path=path, key=key)
     plain = getattr(x, "x", x)  # of an input that is quantised for several layers
-    return y + (product(product(plain, w.a), w.b) * w.scale).astype(y.dtype)
+    base, low = w.base, product(plain, w.a)
+    if not isinstance(base, jax.Array):  # then x is not kept beside what is made of it
+      base, low = jax.lax.optimization_barrier((base, low))
+    y = ops.matmul(x, base, bias, path=path, key=key)
+    return y + (product(low, w.b) * w.scale).astype(y.dtype)
 
   return dataclasses.replace(ops, matmul=matmul)
 
