@@ -121,8 +121,7 @@ class Quant(Section):
   cache: str = "none"  # none | nvfp4 | fp8: keys and values of earlier blocks
   cache_rule: str = "mse"
   cache_smoothing: str = "none"  # none | tokens | original: what is taken off the keys
-  # between products of a sampler, and for NVFP4: auto (one Hopper GPU, or several that share
-  # blocks) | on | off
+  # of samplers and of NVFP4: auto (one Hopper GPU, or several that share blocks) | on | off
   kernels: str = "auto"
 
 
