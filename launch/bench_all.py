@@ -117,7 +117,7 @@ def chosen_rows() -> list[Job]:
   """
   known = rows()
   names, chosen = [job.name for job in known], set[str]()
-  for part in ONLY.value:
+  for part in filter(None, ONLY.value):
     found = [part] if part in names else [name for name in names if part in name]
     if not found:
       raise ValueError(f"--only={part} is in the name of no row; the rows are {', '.join(names)}")
@@ -135,6 +135,8 @@ def main(argv: list[str]) -> None:
         print(f"{job.name:20} {job.gpus} GPU  python {shlex.join(program)}")
     return
   folder, gpus = Path(OUT.value), GPUS.value or found_gpus()
+  if "" in gpus:
+    raise ValueError(f"--gpus={','.join(gpus)} leaves one without a name; use such as 0,1")
   if len(set(gpus)) < len(gpus):
     raise ValueError(f"--gpus={','.join(gpus)} names one twice")
   check_writable(folder, folder=True)
@@ -144,7 +146,9 @@ def main(argv: list[str]) -> None:
   for job in todo:
     if job.gpus > len(gpus):
       print(f"{job.name:20} left out: it needs {job.gpus} GPUs")
-  todo = [job for job in todo if job.gpus <= len(gpus)]
+  todo, asked = [job for job in todo if job.gpus <= len(gpus)], bool(todo)
+  if asked and not todo:
+    raise ValueError(f"--gpus={','.join(gpus)} are too few for any of these rows")
   if any(job.name == "start" for job in todo):
     shutil.rmtree(folder / "start", ignore_errors=True)  # a cold start
   measure(todo, gpus, folder)

@@ -9,12 +9,14 @@ file after a start with an empty `io.compile_cache`:
 """
 
 import tarfile
+import threading
 from pathlib import Path
 
 from longlive_jax.io.atomic import replacing
 
 PLACE = "xla_gpu_per_fusion_autotune_cache_dir"  # as JAX calls it
 TUNED = Path(__file__).parent.parent / "tuned"
+_ONE = threading.Lock()  # files on their way have a name a process
 
 
 def put_tuned(cache: str | Path) -> int:
@@ -31,7 +33,7 @@ def put_tuned(cache: str | Path) -> int:
   """
   count = 0
   for pack in sorted(TUNED.glob("*.tar.gz")):
-    with tarfile.open(pack) as tar:
+    with _ONE, tarfile.open(pack) as tar:
       for member in tar:
         path, content = Path(cache) / PLACE / member.name, tar.extractfile(member)
         if content is None or path.exists():

@@ -99,7 +99,7 @@ class Cache(Protocol):
 @functools.partial(jax.jit, static_argnums=1)
 def stored_as(x: Array, dtype: jax.typing.DTypeLike) -> Array:
   """x in the dtype of a cache; what FP8 cannot hold becomes the largest number that it can."""
-  if dtype == FP8:
+  if jnp.dtype(dtype) == FP8:
     largest = float(jnp.finfo(FP8).max)
     x = jnp.clip(x, -largest, largest)
   return x.astype(dtype)

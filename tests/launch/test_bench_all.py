@@ -129,6 +129,7 @@ def test_every_row_is_a_command_that_its_program_takes(root, tmp_path):
   [
     (("--only=nonsense",), "--only=nonsense is in the name of no row; the rows are two_2steps"),
     (("--gpus=0,0",), "--gpus=0,0 names one twice"),
+    (("--gpus=0,",), "--gpus=0, leaves one without a name"),
     ((), "no GPU can be seen with nvidia-smi: name some with --gpus=0,1"),
     (("--gpus=0", "--out=/proc/x"), "/proc"),
   ],
@@ -142,9 +143,10 @@ def test_bad_flags_give_one_line(program, monkeypatch, given, line):
 def test_rows_that_do_not_fit_are_left_out_and_what_runs_ends_with_the_program(
   program, tmp_path, root
 ):
-  for only, count in (("two_2", 2), ("two_2steps", 1), ("two_2steps,two_bf", 2)):
+  for only, count in (("two_2", 2), ("two_2steps,", 1), ("two_2steps,two_bf", 2)):
     done = program("bench_all", "--gpus=0", f"--out={tmp_path}", f"--only={only}")
-    assert done.code == 0 and done.stdout.count("left out: it needs 2 GPUs") == count
+    assert done.code == 2 and "--gpus=0 are too few for any of these rows" in done.stderr
+    assert done.stdout.count("left out: it needs 2 GPUs") == count
   command = (
     sys.executable,
     "-m",

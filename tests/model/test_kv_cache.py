@@ -14,6 +14,7 @@ from longlive_jax.model.kv_cache import (
   empty_cache,
   keep_sink,
   pin_block,
+  stored_as,
 )
 
 FOUR = Window(slots=4, sink=1)  # 32 latents, sink of 8, blocks of 8
@@ -211,3 +212,10 @@ def test_a_narrow_cache_stores_narrow_keys():
   cache = cache.write(0, jnp.zeros(1, jnp.int32), k, k)
   assert cache.k.dtype == jnp.bfloat16
   np.testing.assert_array_equal(cache.k.astype(jnp.float32), 1.0)
+
+
+@pytest.mark.parametrize("dtype", ["float8_e4m3fn", jnp.float8_e4m3fn, jnp.dtype("float8_e4m3fn")])
+def test_what_fp8_cannot_hold_is_the_largest_that_it_can(dtype):
+  found = stored_as(jnp.asarray([6e4, -jnp.inf, 3.0], jnp.bfloat16), dtype)
+  assert found.dtype == jnp.float8_e4m3fn
+  np.testing.assert_array_equal(found.astype(jnp.float32), [448.0, -448.0, 3.0])
