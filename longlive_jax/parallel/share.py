@@ -10,7 +10,7 @@ NVFP4 has for a whole tensor are the largest of all devices.
     [B, S / P, N, D]  --all-to-all-->  [B, S, N / P, D]  --attend-->  --all-to-all-->  as before
 
 Queries, keys and values travel by themselves, each while the next is computed, in pieces `[P, ...]`
-that lie as they are sent and, of one video, as they are read: nothing is copied for the exchange.
+that are written once more before they leave; of one video they lie as they are read when they come.
 
 Source: spec/inference.md section 6, spec/jax.md section 5.
 """

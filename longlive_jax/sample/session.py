@@ -4,6 +4,7 @@
     session.push("one red circle moving right, over snow")
     frames = session.next_block()  # uint8 [29, H, W, 3]
     session.cut("one purple triangle moving up, over sand")
+    frames = session.next_block()  # uint8 [32, H, W, 3]
 
 The frames are, to the bit, those of a script with these prompts, as both make their blocks with
 `Compiled.sample`. A session is a value and a name for it: each block turns one `Moment` into the
@@ -42,10 +43,9 @@ class Session:
     seed: of the noise, 0 <= seed < 2**32; None = `sample.seed`.
     index: part of the noise's key like the seed, the index of a script in `stream_batch`.
     image: uint8 `[H, W, 3]`, the first frame.
-    keep: blocks that `rewind` can go back. Each takes host memory for a slot of the cache and the
-      decoder's state: 5.4 GiB at 5B and 704x1280 in bfloat16, 3.7 with the NVFP4 cache; a block
-      computed under `recache`, or a cut under `sample.recache_cuts`, takes all slots but the sink.
-      It is pinned memory while there is some, see `aside.py`. 0 = none, nothing is copied.
+    keep: blocks that `rewind` can go back. Each takes host memory (`aside.py`) for a slot of the
+      cache and the decoder's state, 5.4 GiB at 5B in bfloat16, 3.7 with the NVFP4 cache; one under
+      `recache`, or a cut under `sample.recache_cuts`, for all slots but the sink. 0 = none.
 
   Raises:
     ValueError: an image of another size, a number out of range, or a sampler some of whose devices
