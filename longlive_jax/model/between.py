@@ -128,11 +128,10 @@ class OnePass(Between):
 
   def activate(self, ops: Ops, y: Array | Product, path: str) -> Any:
     """In the form that XLA gives to cuBLAS with the product: nothing is written in between."""
-    if not isinstance(y, Product) or y.rows is not None or y.bias is None:
+    values, bias, scaled = opened(y).values, opened(y).bias, opened(y).rows is not None
+    if scaled or bias is None or not takes(values.shape, values.dtype):
       return super().activate(ops, y, path)
-    if not takes(y.values.shape, y.values.dtype):
-      return super().activate(ops, y, path)
-    biased = y.values + y.bias.astype(y.values.dtype)
+    biased = values + bias.astype(values.dtype)
     return ops.prepare(jax.nn.gelu(biased, approximate=True), (path,))
 
   def rms(self, y: Array | Product, weight: Array, eps: float, turn: Rope | None = None) -> Array:

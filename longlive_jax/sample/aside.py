@@ -35,16 +35,11 @@ class Aside:
   """A budget of pinned memory, shared by whoever puts things aside.
 
   Args:
-    limit: bytes.
+    left: bytes that are free.
   """
 
-  def __init__(self, limit: int = PINNED_BYTES):
-    self._left, self._lock = limit, threading.RLock()  # an array may be forgotten at any time
-
-  @property
-  def left(self) -> int:
-    """Bytes that are free."""
-    return self._left
+  def __init__(self, left: int = PINNED_BYTES):
+    self.left, self._lock = left, threading.RLock()  # an array may be forgotten at any time
 
   def put(self, tree: PyTree) -> PyTree:
     """Arrays of devices in host memory, pinned as long as there is room.
@@ -65,8 +60,8 @@ class Aside:
 
   def _take(self, size: int) -> bool:
     with self._lock:
-      fits = size <= self._left
-      self._left -= size if fits else 0
+      fits = size <= self.left
+      self.left -= size if fits else 0
     return fits
 
 
