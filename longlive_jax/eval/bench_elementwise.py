@@ -16,6 +16,7 @@ from longlive_jax.eval.bench import Case, chain
 from longlive_jax.kernels import row_jobs
 from longlive_jax.kernels.matmul_choice import HOPPER, kernel_for
 from longlive_jax.kernels.rows import takes
+from longlive_jax.model.between import turned_rows
 from longlive_jax.model.layers import RmsNorm, gelu
 from longlive_jax.model.ops import modulated_norm
 from longlive_jax.model.rope import rotate, video_rope
@@ -49,12 +50,14 @@ def cases(experiment: Experiment, largest: int) -> Iterator[Case]:
   grid = experiment.latent_height // model.patch, experiment.latent_width // model.patch
   rope = video_rope(np.arange(frames), *grid, model.head_dim, model.rope_theta)
   norm = RmsNorm(width, model.eps)
+  turn = turned_rows(rope, (2, tokens, width))
   yield passing(
     "norm and rotation of q and k",
     {"tokens": tokens, "heads": model.heads, "head_dim": model.head_dim},
     (2, tokens, width),
     lambda x: rotate(norm(x).reshape(*x.shape[:2], model.heads, -1), rope),
     4.0,
+    kernel=lambda x: normed_rows(x, norm, turn).reshape(*x.shape[:2], model.heads, -1),
   )
   wide = tokens, model.ffn_width
   sizes = {"tokens": tokens, "columns": model.ffn_width}
@@ -94,6 +97,14 @@ def quantising(model: Model, frames: int, tokens: int, m: Array) -> Iterator[Cas
     wide_rows,
     lambda x: row_jobs.norm_rows(x, factor, shift, eps, True),
   )
+
+
+def normed_rows(x: Array, norm: RmsNorm, turn: tuple[Array, Array] | None) -> Array:
+  """A norm over rows of `[..., E]` and its rotation, by the kernel."""
+  found = row_jobs.rms_rows(row_jobs.Product(x), norm.scale[...], norm.eps, turn)
+  if found is None:
+    raise ValueError(f"rows of {x.shape[-1]} elements do not fit the kernel")
+  return found[0]
 
 
 def by_frame(x: Array, frames: int) -> Array:
