@@ -219,17 +219,18 @@ class Held:
     self, variant: Variant, args: tuple[PyTree, ...]
   ) -> tuple[Callable[..., PyTree], Record]:
     """A function `(noise, text) -> (latents, cache)`; the cache is valid until the next call."""
-    experiment = variant.experiment
-    unrolled = self.unrolls(experiment)
+    noise, text = args
+    experiment, unrolled = variant.experiment, self.unrolls(variant.experiment)
     params = self.weights(experiment, unrolled)
     key = experiment.quant.cache, stored_in(experiment), unrolled
     if key not in self.caches:
       self.caches[key] = cache_of(experiment, unrolled)
     run = variant.kind(experiment, self.choose_ops(experiment), unrolled)
-    executable, known = compiled(run, (params, self.caches[key], *args), donated=(1,))
+    text = TextKV(tuple(text.k), tuple(text.v)) if unrolled else text
+    executable, known = compiled(run, (params, self.caches[key], noise, text), donated=(1,))
 
-    def call(*args: PyTree) -> tuple[Array, PyTree]:
-      out, self.caches[key] = executable(params, self.caches[key], *args)
+    def call(noise: Array, _: TextKV) -> tuple[Array, PyTree]:
+      out, self.caches[key] = executable(params, self.caches[key], noise, text)
       return out, self.caches[key]
 
     held = {"layer_bytes": size(params["layers"]), "cache_bytes": size(self.caches[key])}

@@ -5,7 +5,7 @@ sampler has eight such functions that are traced at a time.
 """
 
 import threading
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -24,6 +24,7 @@ def call_once_lowered(
   key: Hashable,
   args: Sequence[jax.Array],
   outs: Sequence[jax.ShapeDtypeStruct],
+  overwritten: Mapping[int, int] | None = None,
 ) -> tuple[jax.Array, ...]:
   """What a kernel returns.
 
@@ -32,6 +33,7 @@ def call_once_lowered(
     key: what the kernel depends on besides the shapes and dtypes of `args` and `outs`.
     args: its arguments.
     outs: shapes of its results.
+    overwritten: arguments whose memory becomes that of a result, by their places.
   """
   shapes = tuple(jax.ShapeDtypeStruct(x.shape, x.dtype) for x in args)
   known = key, tuple((x.shape, str(x.dtype)) for x in (*shapes, *outs))
@@ -40,7 +42,8 @@ def call_once_lowered(
       # in a thread of its own, for it may be called inside the trace of another function
       with ThreadPoolExecutor(1) as pool:
         _LOWERED[known] = pool.submit(lower_kernel, kernel, shapes).result()
-  return tuple(jax.ffi.ffi_call(TARGET, list(outs))(*args, **_LOWERED[known]))
+  call = jax.ffi.ffi_call(TARGET, list(outs), input_output_aliases=dict(overwritten or {}))
+  return tuple(call(*args, **_LOWERED[known]))
 
 
 def lower_kernel(kernel: Callable[..., Any], shapes: Sequence[jax.ShapeDtypeStruct]) -> Attributes:

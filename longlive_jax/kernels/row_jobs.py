@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 from jax.tree_util import register_dataclass
 
+from longlive_jax.kernels import rows as kernel_rows
 from longlive_jax.kernels.rows import Parts, Row, RowsKernel, Tools, Tuning, each, fitting
 
 E4M3_MAX = 448.0
@@ -93,6 +94,7 @@ def _run(
   columns: Sequence[jax.Array],
   outs: Sequence[jax.ShapeDtypeStruct],
   groups: int = 1,
+  place: Sequence[jax.Array] = (),
 ) -> tuple[jax.Array, ...] | None:
   """Results, or None where shared memory is too small; `name` is all that the job depends on."""
   row_bytes = sum(x.shape[-1] * x.dtype.itemsize for x in rows)
@@ -100,9 +102,9 @@ def _run(
   found = fitting(tuning, row_bytes, column_bytes)
   if found is None:
     found = fitting(dataclasses.replace(tuning, blocks=1, buffers=1), row_bytes, column_bytes)
-  return (
-    None if found is None else RowsKernel(name, *job, groups, found)(rows, scalars, columns, outs)
-  )
+  if found is None or (place and not kernel_rows.INLINE):
+    return None
+  return RowsKernel(name, *job, groups, found)(rows, scalars, columns, outs, place)
 
 
 def _outputs(x: jax.Array, quantise: bool) -> list[jax.ShapeDtypeStruct]:
@@ -228,7 +230,11 @@ def add_norm_rows(
 
 
 def rms_rows(
-  y: Product, weight: jax.Array, eps: float, turn: tuple[jax.Array, jax.Array] | None = None
+  y: Product,
+  weight: jax.Array,
+  eps: float,
+  turn: tuple[jax.Array, jax.Array] | None = None,
+  place: tuple[jax.Array, jax.Array] | None = None,
 ) -> tuple[jax.Array, ...] | None:
   """bfloat16 `y / rms(y) * weight` of a product `[T, N]`, perhaps rotated.
 
@@ -237,8 +243,11 @@ def rms_rows(
     weight: float32 `[N]`.
     eps: of the norm.
     turn: cosines and sines, float32 `[T, D / 2]`, of heads of D elements; D divides `PART`.
+    place: `[R, N]` in bfloat16 or FP8, of which T rows from `[1]` on are overwritten; it is
+      returned. What FP8 cannot hold becomes the largest number that it can.
   """
   finishes = len(y.vectors)
+  dtype = BF16 if place is None else place[0].dtype
 
   # angles are read late, so all is done in `read`: they leave with their row
   def read(tools: Tools, rows: Sequence[Row], scalars: Any, columns: Sequence[Row]) -> Parts:
@@ -249,9 +258,11 @@ def rms_rows(
 
     def part(a: jax.Array, w: jax.Array) -> jax.Array:
       normal = (a * factor * w).astype(BF16)
-      if turn is None:
+      if turn is not None:
+        normal = tools.rotated(normal.astype(F32), rows[1], rows[2]).astype(BF16)
+      if dtype == BF16:
         return normal
-      return tools.rotated(normal.astype(F32), rows[1], rows[2]).astype(BF16)
+      return jnp.clip(normal.astype(F32), -E4M3_MAX, E4M3_MAX).astype(FP8)
 
     return each(part, row, columns[-1])
 
@@ -259,5 +270,6 @@ def rms_rows(
     return (row,)
 
   rows, columns = (y.flat, *(turn or ())), (*y.vectors, weight)
-  name, outs = ("rms", y.lacks, eps, turn is not None), _outputs(y.flat, False)
-  return _run(name, (read, finish), RMS, rows, y.scalars, columns, outs)
+  outs = _outputs(y.flat, False) if place is None else [jax.ShapeDtypeStruct(place[0].shape, dtype)]
+  name = "rms", y.lacks, eps, turn is not None, str(dtype)
+  return _run(name, (read, finish), RMS, rows, y.scalars, columns, outs, place=place or ())

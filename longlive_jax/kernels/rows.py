@@ -35,6 +35,7 @@ SPLAT = plgpu.Layout.WG_SPLAT(shape=())
 
 Parts = tuple[jax.Array, ...]
 Job = Callable[["Tools", Any, Any, Any], Any]
+Counts = tuple[int, int, int, int, int]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -185,6 +186,7 @@ class RowsKernel:
     scalars: Sequence[jax.Array],
     columns: Sequence[jax.Array],
     outs: Sequence[jax.ShapeDtypeStruct],
+    place: Sequence[jax.Array] = (),
   ) -> tuple[jax.Array, ...]:
     """Runs it.
 
@@ -193,22 +195,25 @@ class RowsKernel:
       scalars: `[T]` float32.
       columns: `[N]` or `[groups, N]`.
       outs: shapes `[T, N]` or `[T]`.
+      place: an array `[R, N]` and int32 `[1]`, the row of it that the only output begins at. It is
+        overwritten, and returned. Not in the interpreter.
     """
-    counts = len(rows), len(scalars), len(columns), len(outs)
-    args, run = (*rows, *scalars, *columns), functools.partial(self._run, counts, outs)
+    counts = len(rows), len(scalars), len(columns), len(place), len(outs)
+    args, run = (*rows, *scalars, *columns, *place), functools.partial(self._run, counts, outs)
     if not INLINE:
       return run(*args)
-    return call_once_lowered(run, (self.name, self.groups, self.tuning, counts), args, outs)
+    name, given = (self.name, self.groups, self.tuning, counts), len(args) - len(place)
+    return call_once_lowered(run, name, args, outs, {given: 0} if place else {})
 
   def _run(
     self,
-    counts: tuple[int, int, int, int],
+    counts: Counts,
     outs: Sequence[jax.ShapeDtypeStruct],
     *args: jax.Array,
   ) -> tuple[jax.Array, ...]:
-    """The kernel itself; the arguments are `counts` rows, scalars and columns."""
+    """The kernel itself; the arguments are `counts` rows, scalars, columns, and a place."""
     warps, buffers = self.tuning.warpgroups, self.tuning.buffers
-    rows, _, columns = _split(args, counts[:3])
+    rows, _, columns, _ = _split(args, counts[:4])
     shares = self._shares(rows[0].shape[0])
     run = plgpu.kernel(
       functools.partial(self._block, shares, counts),
@@ -234,11 +239,11 @@ class RowsKernel:
     share = multiprocessors * self.tuning.blocks // self.groups
     return max(min(share, total // self.groups), 1)
 
-  def _block(self, shares: int, counts: tuple[int, int, int, int], *refs: Any) -> None:
+  def _block(self, shares: int, counts: Counts, *refs: Any) -> None:
     """What a warpgroup of a block does."""
     warps, buffers = self.tuning.warpgroups, self.tuning.buffers
     sizes = (*counts, counts[0], counts[2], 3)
-    rows, scalars, columns, results, stores, fixed, rest = _split(refs, sizes)
+    rows, scalars, columns, place, results, stores, fixed, rest = _split(refs, sizes)
     scratch, full, ready = rest
     total, me = rows[0].shape[0], jax.lax.axis_index("warpgroup")
     block, each_group = jax.lax.axis_index("block"), total // self.groups
@@ -246,6 +251,7 @@ class RowsKernel:
     first = group * each_group + jax.lax.div(share * each_group, shares) + me
     last = group * each_group + jax.lax.div((share + 1) * each_group, shares)
     count = jax.lax.div(jax.lax.max(last - first, 0) + (warps - 1), warps)
+    begin = first + place[1][0] if place else first  # of the output
 
     def fetch(i: jax.Array, slot: jax.Array) -> None:
       for source, store in zip(rows, stores, strict=True):
@@ -269,7 +275,7 @@ class RowsKernel:
       plgpu.commit_smem()  # all threads have read the row
       pl.when(i + buffers < count)(lambda: fetch(i + buffers, slot))
       for out, y in zip(results, self.finish(tools, state, now, lasting), strict=True):
-        _store(out, first + i * warps, y)
+        _store(out, begin + i * warps, y)
       return ahead
 
     jax.lax.fori_loop(0, count, step, of_row(jnp.int32(0)))

@@ -7,21 +7,64 @@ Either is used through `Ops.between`. Sums and norms are of `[B, S, E]`; what mo
 """
 
 import dataclasses
+import functools
 from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.tree_util import register_dataclass
 
 from longlive_jax.kernels.row_jobs import Product, add_norm_rows, norm_rows, rms_rows
 from longlive_jax.kernels.rows import PART, takes
 from longlive_jax.model.attention import Cached
+from longlive_jax.model.kv_cache import KVCache, stored_as
 from longlive_jax.model.layers import gelu, rms_norm
 from longlive_jax.model.ops import Ops, Plan, affine_norm, contract
 from longlive_jax.model.rope import Rope, rotate
 from longlive_jax.types import SEQ, Array
 
 Paths = tuple[str, ...]
+
+
+@functools.partial(register_dataclass, data_fields=["x", "y", "gate"], meta_fields=[])
+@dataclasses.dataclass(frozen=True)
+class Sum:
+  """Tokens `x + y * gate` before they are added, so that what comes next can do it."""
+
+  x: Array
+  y: Array | Product
+  gate: Array
+
+
+@dataclasses.dataclass(frozen=True)
+class Keys:
+  """Keys of one video that are normalised, and turned, as they are written; see `Unwritten`.
+
+  Attributes:
+    product: `[1, S, E]`.
+    weight, eps, turn: as for `Between.rms`.
+    heads: N.
+  """
+
+  product: Array | Product
+  weight: Array
+  eps: float
+  turn: Rope | None
+  heads: int
+
+  def into(self, store: Array, layer: Array | int, slot: Array) -> Array:
+    """`[layers, 1, K, S, N, D]` with these keys in `slot [1]` of a layer."""
+    y, (slots, tokens, _, dim) = opened(self.product), store.shape[2:]
+    shape, made = y.values.shape, None
+    if takes(shape, y.values.dtype):
+      place = store.reshape(-1, shape[-1]), (layer * slots + slot) * tokens
+      made = rms_rows(y, self.weight, self.eps, turned_rows(self.turn, shape), place)
+    if made is not None:
+      return made[0].reshape(store.shape)
+    keys = OnePass().rms(self.product, self.weight, self.eps, self.turn)
+    keys = stored_as(keys.reshape(1, 1, 1, tokens, self.heads, dim), store.dtype)
+    return jax.lax.dynamic_update_slice(store, keys, (layer, 0, slot[0], 0, 0, 0))
 
 
 class Between:
@@ -34,6 +77,22 @@ class Between:
   def prepare(self, ops: Ops, x: Array, paths: Paths) -> Any:
     """An input of the linear layers of some paths."""
     return ops.prepare(x, paths)
+
+  def joined(self, ops: Ops, out: Any, shape: tuple[int, ...], paths: Paths) -> Any:
+    """What attention gives, `[B, S, N, D]`, as an input `[B, S, E]` of the layers of some paths."""
+    return self.prepare(ops, out.reshape(shape), paths)
+
+  def enter(
+    self, ops: Ops, x: Array | Sum, affine: tuple[Array, Array], eps: float, paths: Paths
+  ) -> tuple[Array, Any]:
+    """Tokens, and the `norm` of them with (factor, shift)."""
+    if isinstance(x, Sum):
+      return self.add_norm(ops, x.x, x.y, x.gate, affine, eps, paths)
+    return x, self.norm(ops, x, *affine, eps, paths)
+
+  def total(self, x: Array | Sum) -> Array:
+    """Tokens that are added."""
+    return self.add(x.x, x.y, x.gate) if isinstance(x, Sum) else x
 
   def norm(self, ops: Ops, x: Array, factor: Array, shift: Array, eps: float, paths: Paths) -> Any:
     """`LayerNorm(x) * factor + shift`, prepared for the layers of some paths."""
@@ -78,6 +137,11 @@ class Between:
     """The rotation that queries and keys get with their norm, and what is left of the plan."""
     del ops, x
     return None, plan
+
+  def writes_keys(self, ops: Ops, plan: Plan, cache: Any) -> bool:
+    """Whether keys can come as `Keys`."""
+    del ops, plan, cache
+    return False
 
 
 class OnePass(Between):
@@ -150,6 +214,10 @@ class OnePass(Between):
       at = x.shape[1] * jax.lax.axis_index(SEQ)
       rope = jax.tree.map(lambda a: jax.lax.dynamic_slice_in_dim(a, at, x.shape[1], 1), rope)
     return rope, dataclasses.replace(plan, rope=None)
+
+  def writes_keys(self, ops: Ops, plan: Plan, cache: Any) -> bool:
+    here = ops.mesh is None and isinstance(plan, Cached) and isinstance(cache, KVCache)
+    return here and plan.rope is plan.window_rope is None and cache.k.shape[1] == 1
 
 
 def apart(x: Array, w: Array) -> tuple[Array, Array]:

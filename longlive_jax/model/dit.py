@@ -19,6 +19,7 @@ from jax.tree_util import register_dataclass
 from longlive_jax.config import Model
 from longlive_jax.io.leaves import path_name
 from longlive_jax.model.attention import Cross, pair
+from longlive_jax.model.between import Sum, between_of
 from longlive_jax.model.dit_layer import Head, Layer
 from longlive_jax.model.grown import Grown
 from longlive_jax.model.layers import Linear, Mlp, gelu, patchify, sinusoid, unpatchify
@@ -57,10 +58,13 @@ small_normal = jax.nn.initializers.normal(0.02)
 @functools.partial(register_dataclass, data_fields=["k", "v"], meta_fields=[])
 @dataclasses.dataclass(frozen=True)
 class TextKV:
-  """Cross-attention keys and values of prompts, `[layers, B * P, L, N, D]`: one set a prompt."""
+  """Cross-attention keys and values of prompts, `[layers, B * P, L, N, D]`: one set a prompt.
 
-  k: Array
-  v: Array
+  Of an unrolled network they are tuples, with an array a layer.
+  """
+
+  k: Array | tuple[Array, ...]
+  v: Array | tuple[Array, ...]
 
 
 class DiT(nnx.Module):
@@ -102,7 +106,7 @@ class DiT(nnx.Module):
       ops: matmul.
 
     Returns:
-      TextKV of `[layers, B, L, N, D]`.
+      TextKV of `[layers, B, L, N, D]`, or of tuples.
     """
     x = prompts.astype(self.cfg.dtype)
     x = self.text_embed.down(gelu(self.text_embed.up(x, ops)), ops)
@@ -110,7 +114,7 @@ class DiT(nnx.Module):
     x = ops.prepare(x, first.cross_attn.paths)
     if isinstance(self.layers, nnx.List):
       pairs = [a.cross_attn.keys_values(x, ops.in_layer(i)) for i, a in enumerate(self.layers)]
-      return TextKV(*(jnp.stack(each) for each in zip(*pairs, strict=True)))
+      return TextKV(*zip(*pairs, strict=True))
     graph, state = nnx.split(self.layers)
 
     def one(_: None, inputs: Any) -> tuple[None, tuple[Array, Array]]:
@@ -189,7 +193,8 @@ class DiT(nnx.Module):
       layer = nnx.merge(graph, params)
       x, cache = carry
       here, texts = ops.in_layer(index), (text_k, text_v)
-      x, made = layer(x, conditions, texts, plan, given if grown else cache, index, here, cross)
+      total, made = layer(x, conditions, texts, plan, given if grown else cache, index, here, cross)
+      x = between_of(here).total(total)
       return ((x, None), made) if grown else ((x, made), None)
 
     if remat != "none":
@@ -215,15 +220,18 @@ class DiT(nnx.Module):
     graph = nnx.split(self.layers[0])[0]
 
     @jax.jit  # so that one layer is traced, not all
-    def one(state: Any, x: Array, texts: Any, cache: Any, key: Array | None) -> tuple[Array, Any]:
+    def one(
+      state: Any, x: Array | Sum, texts: Any, cache: Any, key: Array | None
+    ) -> tuple[Sum, Any]:
       layer, here = nnx.merge(graph, state), ops.with_key(key)
       return layer(x, conditions, texts, plan, cache, 0, here, cross)
 
     caches = [None] * len(self.layers) if cache is None else list(cache)
+    total: Array | Sum = x
     for i, layer in enumerate(self.layers):
       state, texts = nnx.split(layer)[1], (text.k[i], text.v[i])
-      x, caches[i] = one(state, x, texts, caches[i], ops.in_layer(i).key)
-    return x, None if cache is None else tuple(caches)
+      total, caches[i] = one(state, total, texts, caches[i], ops.in_layer(i).key)
+    return between_of(ops).total(total), None if cache is None else tuple(caches)
 
 
 def declare_dit(cfg: Model, unrolled: bool = False) -> Network:

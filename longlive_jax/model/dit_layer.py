@@ -11,7 +11,7 @@ from flax import nnx
 
 from longlive_jax.config import Model
 from longlive_jax.model.attention import Cross
-from longlive_jax.model.between import between_of, whole
+from longlive_jax.model.between import Keys, Sum, between_of, whole
 from longlive_jax.model.layers import AffineNorm, Linear, Mlp, RmsNorm, xavier
 from longlive_jax.model.ops import Ops, Plan, modulated_norm
 from longlive_jax.model.rope import Rope
@@ -44,10 +44,14 @@ class Attention(nnx.Module):
     """Of an input that is prepared; perhaps rotated."""
     return self.normed(self.q, self.norm_q, x, ops, turn)
 
-  def keys_values(self, x: Any, ops: Ops, turn: Rope | None = None) -> tuple[Array, Array]:
-    """Of an input that is prepared; keys perhaps rotated."""
-    keys = self.normed(self.k, self.norm_k, x, ops, turn)
-    return keys, self.split(whole(product(self.v, x, ops)))
+  def keys_values(
+    self, x: Any, ops: Ops, turn: Rope | None = None, late: bool = False
+  ) -> tuple[Any, Array]:
+    """Of an input that is prepared; keys perhaps rotated, or `late`, as they are written."""
+    values, norm = self.split(whole(product(self.v, x, ops))), self.norm_k
+    if late:
+      return Keys(product(self.k, x, ops), norm.scale[...], norm.eps, turn, self.heads), values
+    return self.normed(self.k, norm, x, ops, turn), values
 
   def normed(self, linear: Linear, norm: RmsNorm, x: Any, ops: Ops, turn: Rope | None) -> Array:
     """A projection, normalised over all heads together."""
@@ -75,7 +79,7 @@ class Layer(nnx.Module):
 
   def __call__(
     self,
-    x: Array,
+    x: Array | Sum,
     conditions: Array,
     text: tuple[Array, Array],
     plan: Plan,
@@ -83,11 +87,11 @@ class Layer(nnx.Module):
     layer: Array | int,
     ops: Ops,
     cross: Cross,
-  ) -> tuple[Array, Any]:
+  ) -> tuple[Sum, Any]:
     """Runs the layer.
 
     Args:
-      x: tokens `[B, S, E]`.
+      x: tokens `[B, S, E]`, or what the layer before returned.
       conditions: `[B, F, 6, E]` float32 from the timesteps; S is F runs of equal length.
       text: keys and values of the prompts, see `Cross`.
       plan: self-attention plan.
@@ -97,23 +101,24 @@ class Layer(nnx.Module):
       cross: plan of the attention to text.
 
     Returns:
-      (tokens, cache).
+      (tokens as a sum, which `Between.total` takes; cache).
     """
     between, own, other = between_of(ops), self.self_attn, self.cross_attn
-    m = [p[:, :, None] for p in jnp.moveaxis(self.modulation[...] + conditions, 2, 0)]
-    y = between.norm(ops, x, 1.0 + m[1], m[0], self.eps, (own.q.path, *own.paths))
+    # shift, factor and gate twice; 1 is added here, where all layers are added to at once
+    m = self.modulation[...] + conditions + jnp.asarray([0.0, 1, 0, 0, 1, 0])[:, None]
+    m = [p[:, :, None] for p in jnp.moveaxis(m, 2, 0)]
+    x, y = between.enter(ops, x, (m[1], m[0]), self.eps, (own.q.path, *own.paths))
     turn, plan = between.turns(ops, plan, x)
-    k, v = own.keys_values(y, ops, turn)
+    k, v = own.keys_values(y, ops, turn, between.writes_keys(ops, plan, cache))
     out, cache = ops.attend(own.queries(y, ops, turn), k, v, cache, layer, plan)
-    y = product(own.o, between.prepare(ops, out.reshape(x.shape), (own.o.path,)), ops)
+    y = product(own.o, between.joined(ops, out, x.shape, (own.o.path,)), ops)
     affine = self.cross_norm.scale[...], self.cross_norm.bias[...]
     x, y = between.add_norm(ops, x, y, m[2], affine, self.eps, (other.q.path,))
     out, _ = ops.attend(other.queries(y, ops), *text, None, layer, cross)
-    y = product(other.o, between.prepare(ops, out.reshape(x.shape), (other.o.path,)), ops)
-    affine = 1.0 + m[4], m[3]
-    x, y = between.add_norm(ops, x, y, None, affine, self.eps, (self.ffn.up.path,))
+    y = product(other.o, between.joined(ops, out, x.shape, (other.o.path,)), ops)
+    x, y = between.add_norm(ops, x, y, None, (m[4], m[3]), self.eps, (self.ffn.up.path,))
     y = between.activate(ops, product(self.ffn.up, y, ops), self.ffn.down.path)
-    return between.add(x, product(self.ffn.down, y, ops), m[5]), cache
+    return Sum(x, product(self.ffn.down, y, ops), m[5]), cache
 
 
 class Head(nnx.Module):

@@ -21,6 +21,14 @@ from longlive_jax.types import Array
 FP8 = "float8_e4m3fn"
 
 
+class Unwritten(Protocol):
+  """Keys or values of a block that are finished as they are written."""
+
+  def into(self, store: Array, layer: Array | int, slot: Array) -> Array:
+    """The store `[layers, B, K, S_b, N, D]` with the block in `slot [B]` of a layer."""
+    ...
+
+
 @functools.partial(register_dataclass, data_fields=["k", "v"], meta_fields=["seen"])
 @dataclasses.dataclass(frozen=True)
 class KVCache:
@@ -38,10 +46,14 @@ class KVCache:
   v: Array
   seen: str = ""
 
-  def write(self, layer: Array | int, slot: Array, k: Array, v: Array) -> "KVCache":
+  def write(
+    self, layer: Array | int, slot: Array, k: Array | Unwritten, v: Array | Unwritten
+  ) -> "KVCache":
     """Writes a block's keys and values `[B, S_b, N, D]` into slot `[B]` of a layer, in place."""
 
-    def put(store: Array, new: Array) -> Array:
+    def put(store: Array, new: Array | Unwritten) -> Array:
+      if not isinstance(new, jax.Array):
+        return new.into(store, layer, slot)
       new = stored_as(new, store.dtype)[None, :, None]
       for sample in range(new.shape[1]):
         at = (layer, sample, slot[sample], 0, 0, 0)
@@ -62,7 +74,13 @@ class KVCache:
     return take(self.k), take(self.v)
 
   def exchange(
-    self, layer: Array | int, slot: Array, k: Array, v: Array, level: int, keep: bool
+    self,
+    layer: Array | int,
+    slot: Array,
+    k: Array | Unwritten,
+    v: Array | Unwritten,
+    level: int,
+    keep: bool,
   ) -> tuple["KVCache", Array, Array]:
     """Takes a block in and gives what it attends to.
 

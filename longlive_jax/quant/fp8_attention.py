@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from longlive_jax.model.ops import cudnn_attention, dense_attention, is_costly
-from longlive_jax.quant.fp8 import E4M3_MAX
+from longlive_jax.quant.fp8 import E4M3_MAX, Rows
 from longlive_jax.types import Array
 
 E4M3 = jnp.float8_e4m3fn
@@ -52,13 +52,30 @@ def fp8_attention(q: Array, k: Array, v: Array, lengths: Array | None = None) ->
   Raises:
     ValueError: lengths are given: samples of a batch have filled slots of their own.
   """
-  gpu = jax.default_backend() == "gpu"
   if not is_costly(q.shape[1], k.shape[1]):
     k, v = k.astype(q.dtype), v.astype(q.dtype)
-    return (cudnn_attention if gpu else dense_attention)(q, k, v, lengths)
+    dense = cudnn_attention if jax.default_backend() == "gpu" else dense_attention
+    return dense(q, k, v, lengths)
   if lengths is not None:
     raise ValueError("model.attention=fp8 makes one video at a time: use a batch of one, or cudnn")
-  return (_by_cudnn if gpu else reference)(q, k, v)
+  out, unit = _attended(q, k, v)
+  return (out.astype(jnp.float32) * unit).astype(q.dtype)
+
+
+def fp8_attention_rows(q: Array, k: Array, v: Array, lengths: Array | None = None) -> Rows | Array:
+  """`fp8_attention` whose result is not widened: values `[B, S, N, D]`, scales `[B, S, 1]`.
+
+  A linear layer multiplies them as they are. Attention to few keys gives an array.
+  """
+  if lengths is not None or not is_costly(q.shape[1], k.shape[1]):
+    return fp8_attention(q, k, v, lengths)
+  out, unit = _attended(q, k, v)
+  return Rows(out, jnp.broadcast_to(unit, (*q.shape[:2], 1)))
+
+
+def _attended(q: Array, k: Array, v: Array) -> tuple[Array, Array]:
+  """E4M3 numbers of the result, and their unit."""
+  return (_by_cudnn if jax.default_backend() == "gpu" else reference)(q, k, v)
 
 
 def _forward(q: Array, k: Array, v: Array, lengths: Array | None) -> tuple[Array, None]:
@@ -73,7 +90,7 @@ def _backward(saved: None, g: Array) -> tuple[Array, Array, Array, None]:
 fp8_attention.defvjp(_forward, _backward)
 
 
-def _by_cudnn(q: Array, k: Array, v: Array) -> Array:
+def _by_cudnn(q: Array, k: Array, v: Array) -> tuple[Array, Array]:
   # it has no public name; imported here, so that nothing else depends on it
   from jax._src.cudnn import fused_attention_stablehlo as cudnn
 
@@ -91,7 +108,7 @@ def _by_cudnn(q: Array, k: Array, v: Array) -> Array:
     use_fp8=True,
     fp8_params=params,
   )
-  return (out.astype(jnp.float32) * result).astype(q.dtype)
+  return out, result
 
 
 def units_of(q: Array, k: Array, v: Array) -> tuple[list[Array], Array]:
@@ -102,8 +119,8 @@ def units_of(q: Array, k: Array, v: Array) -> tuple[list[Array], Array]:
   return units, units[2]
 
 
-def reference(q: Array, k: Array, v: Array) -> Array:
-  """The same numbers in float32, but for the order of sums."""
+def reference(q: Array, k: Array, v: Array) -> tuple[Array, Array]:
+  """The same numbers summed in float32, in another order."""
   units, result = units_of(q, k, v)
   wide = [narrow(x, unit).astype(jnp.float32) for x, unit in zip((q, k, v), units, strict=True)]
   scale = units[0] * units[1] * q.shape[-1] ** -0.5
@@ -112,4 +129,4 @@ def reference(q: Array, k: Array, v: Array) -> Array:
   rounded = (p * E4M3_MAX).astype(E4M3).astype(jnp.float32) / E4M3_MAX
   out = jnp.einsum("bnst,btnd->bsnd", rounded, wide[2], precision="highest")
   out = out * (units[2] / result) / jnp.swapaxes(jnp.sum(p, -1, keepdims=True), 1, 2)
-  return (narrow(out, jnp.float32(1.0)).astype(jnp.float32) * result).astype(q.dtype)
+  return narrow(out, jnp.float32(1.0)), result

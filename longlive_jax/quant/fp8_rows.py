@@ -50,6 +50,11 @@ class Fp8OnePass(OnePass):
       return super().prepare(ops, x, paths)
     return self.packed(ops, made, x.shape, paths)
 
+  def joined(self, ops: Ops, out: Any, shape: tuple[int, ...], paths: Paths) -> Any:
+    if isinstance(out, Rows):  # see `fp8_attention_rows`
+      return Rows(out.values.reshape(shape), out.scales)
+    return super().joined(ops, out, shape, paths)
+
   def activate(self, ops: Ops, y: Array | Product, path: str) -> Any:
     product, made = opened(y), None
     shape = product.values.shape

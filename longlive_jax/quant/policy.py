@@ -17,10 +17,12 @@ import jax
 
 from longlive_jax.config import Quant
 from longlive_jax.kernels.matmul_choice import use_kernels
+from longlive_jax.model.attention import Cached
 from longlive_jax.model.between import OnePass
-from longlive_jax.model.ops import Matmul, Ops, row_major
+from longlive_jax.model.ops import Matmul, Ops, Plan, row_major
 from longlive_jax.quant import fp8
 from longlive_jax.quant.fp8 import Rows, fp8_matmul
+from longlive_jax.quant.fp8_attention import fp8_attention, fp8_attention_rows
 from longlive_jax.quant.fp8_rows import Fp8OnePass
 from longlive_jax.quant.matmul import (
   Prepared,
@@ -35,6 +37,7 @@ from longlive_jax.quant.qtensor import QTensor
 from longlive_jax.types import SEQ, Array, PyTree
 
 KERNEL = "kernel"
+AFTER_ATTENTION = "layers/self_attn/o"
 
 
 def recipe_of(quant: Quant, axis: str = "") -> Recipe:
@@ -94,9 +97,8 @@ def quantised_ops(ops: Ops, quant: Quant, params: PyTree) -> Ops:
     return ops
   chosen = selected(linear_paths(params), quant.layers)
   if quant.linears == "fp8":
-    between = Fp8OnePass(chosen) if isinstance(ops.between, OnePass) else ops.between
-    matmul = matmul_of(fp8_product, chosen, ops.matmul)
-    return dataclasses.replace(ops, matmul=matmul, between=between)
+    ops = dataclasses.replace(ops, matmul=matmul_of(fp8_product, chosen, ops.matmul))
+    return with_fp8_rows(ops, chosen) if isinstance(ops.between, OnePass) else ops
   recipe = recipe_of(quant, SEQ if ops.mesh else "")
 
   def shared(x: Array, paths: tuple[str, ...]) -> Array | Prepared:
@@ -106,6 +108,21 @@ def quantised_ops(ops: Ops, quant: Quant, params: PyTree) -> Ops:
 
   product = functools.partial(quantised_matmul, recipe)
   return dataclasses.replace(ops, matmul=matmul_of(product, chosen, ops.matmul), prepare=shared)
+
+
+def with_fp8_rows(ops: Ops, chosen: frozenset[str]) -> Ops:
+  """Ops whose chosen layers take rows of FP8 from kernels, and from FP8 attention."""
+  ops = dataclasses.replace(ops, between=Fp8OnePass(chosen))
+  if ops.dense is not fp8_attention or ops.mesh is not None or AFTER_ATTENTION not in chosen:
+    return ops
+
+  def attend(
+    q: Array, k: Array, v: Array, cache: Any, layer: Array | int, plan: Plan
+  ) -> tuple[Any, Any]:
+    dense: Any = fp8_attention_rows if isinstance(plan, Cached) else fp8_attention
+    return plan.attend(dense, q, k, v, cache, layer)
+
+  return dataclasses.replace(ops, attend=attend)
 
 
 Weight = Array | QTensor | Rows

@@ -9,8 +9,13 @@ from typing import Any, Protocol
 # How XLA chooses algorithms on a GPU: each is timed, and not compared with the others too, which
 # takes minutes. At level 0, without any timing, a decoder that takes a second took over a minute.
 # Products are those of cuBLAS, which XLA chose for all large ones here: fewer are timed, and a bias
-# and GELU go with them.
-TIMED: Mapping[str, Any] = {"xla_gpu_autotune_level": 1, "xla_gpu_enable_triton_gemm": False}
+# and GELU go with them. Convolutions keep channels last, as the arrays are: over frames XLA would
+# put them first, and transpose.
+TIMED: Mapping[str, Any] = {
+  "xla_gpu_autotune_level": 1,
+  "xla_gpu_enable_triton_gemm": False,
+  "xla_gpu_force_conv_nhwc": True,
+}
 
 
 class Lowered(Protocol):

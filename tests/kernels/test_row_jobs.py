@@ -12,12 +12,14 @@ from longlive_jax.kernels import row_jobs, rows
 from longlive_jax.kernels.row_jobs import Product
 from longlive_jax.kernels.rows import PART, Tuning, fitting, takes
 from longlive_jax.model.attention import Cached
-from longlive_jax.model.between import Between, OnePass
+from longlive_jax.model.between import Between, Keys, OnePass, Sum
+from longlive_jax.model.kv_cache import empty_cache, stored_as
 from longlive_jax.model.layers import gelu
 from longlive_jax.model.ops import REFERENCE, affine_norm
 from longlive_jax.model.rope import Rope, rotate
 from longlive_jax.quant.fp8 import Rows, quantise_rows
 from longlive_jax.quant.fp8_rows import Fp8OnePass
+from longlive_jax.quant.kv import empty_quantised_cache
 from longlive_jax.types import SEQ
 from tests.kernels.mosaic import interpreted, lower
 
@@ -157,6 +159,47 @@ def test_norms_that_turn_queries_and_keys(run, relative):
   np.testing.assert_array_equal(Between().rms(y, weight, EPS, early), wanted)
 
 
+@pytest.mark.parametrize("dtype", [BF16, jnp.float8_e4m3fn])
+def test_keys_are_finished_where_they_are_written(run, dtype):
+  """As by the plain definitions; other slots and layers stay. The interpreter knows no aliases."""
+  y, weight = a_product(9, True), 200 * draw(40, WIDTH)  # beyond what E4M3 holds
+  y = Product(y.values.reshape(1, T, WIDTH), y.bias, y.rows, y.columns)
+  turn = Rope(*(f(draw(41, 1, T, 64)) for f in (jnp.cos, jnp.sin)))
+  plan, cache = Cached(3, turn, jnp.asarray([1])), empty_cache(2, 1, 3, T, WIDTH // 128, 128, dtype)
+  cache = dataclasses.replace(cache, k=cache.k + 1)
+  early, rest = OnePass().turns(REFERENCE, plan, X[None])
+  assert OnePass().writes_keys(REFERENCE, rest, cache)
+  assert not OnePass().writes_keys(REFERENCE, plan, cache)  # they are turned by the plan
+  assert not OnePass().writes_keys(
+    REFERENCE, rest, empty_quantised_cache(cache.k.shape, BF16, "mse")
+  )
+  assert not Between().writes_keys(REFERENCE, rest, cache)
+
+  def job(y, weight, cache):
+    keys = Keys(y, weight, EPS, early, WIDTH // 128)
+    return jax.tree.leaves(cache.write(1, rest.slot, keys, jnp.ones((1, T, WIDTH // 128, 128))))
+
+  k, v = run(job, y, weight, cache)
+  heads = Between().rms(y, weight, EPS, turn).reshape(1, T, -1, 128)
+  plain = cache.write(1, rest.slot, heads, jnp.ones_like(heads))
+  np.testing.assert_allclose(k, np.asarray(plain.k, np.float32), rtol=0.13, atol=10)
+  assert np.abs(k).max() == 448 or dtype == BF16
+  np.testing.assert_array_equal(v, np.asarray(plain.v, np.float32))
+  kept = np.ones((2, 3), bool)
+  kept[1, 1] = False
+  assert (k[:, 0][kept] == 1).all()
+
+
+def test_a_sum_is_added_by_what_comes_next(run):
+  y, m = a_product(5, True), GATE[None, :, None]
+  total = Sum(X[None], Product(y.values[None], y.bias, y.rows, y.columns), m)
+  found = run(lambda s: OnePass().enter(REFERENCE, s, (1.0 + m, m), EPS, ("up",)), total)
+  wanted = Between().enter(REFERENCE, Between().total(total), (1.0 + m, m), EPS, ("up",))
+  for a, b in zip(found, wanted, strict=True):
+    b = np.asarray(b, np.float32)
+    assert np.linalg.norm(a - b) < 0.005 * np.linalg.norm(b)
+
+
 def test_devices_that_share_a_block_turn_their_own_tokens():
   mesh = jax.make_mesh((2,), (SEQ,), axis_types=(jax.sharding.AxisType.Auto,))
   turn = Rope(*(draw(s, 1, T, 64) for s in (41, 42)))
@@ -227,6 +270,10 @@ def test_real_sizes_lower_for_hopper(monkeypatch, width):
     turned = lambda y, w, *turn: row_jobs.rms_rows(y, w, EPS, turn)  # noqa: E731
     angles = [shape(tokens, 64)] * 2
     assert "mosaic_gpu" in lower(monkeypatch, turned, y, shape(width), *angles)
+    for dtype in (BF16, jnp.float8_e4m3fn):
+      place = shape(4 * tokens, width, dtype=dtype), shape(1, dtype=jnp.int32)
+      written = lambda y, w, *a: row_jobs.rms_rows(y, w, EPS, a[:2], a[2:])  # noqa: E731
+      assert "output_operand_alias" in lower(monkeypatch, written, y, shape(width), *angles, *place)
 
 
 @pytest.mark.gpu
@@ -257,6 +304,19 @@ def test_real_sizes_on_a_hopper_gpu():
   np.testing.assert_allclose(
     np.asarray(found, np.float32), np.asarray(wanted, np.float32), rtol=8e-3, atol=4e-2
   )
+  loud = 100 * weight  # beyond what E4M3 holds
+  found = jax.jit(lambda: row_jobs.rms_rows(y, loud, EPS, turn))()[0]
+  for dtype in (BF16, jnp.float8_e4m3fn):
+    store = jnp.ones((4 * tokens, width), dtype)
+    write = jax.jit(
+      lambda store, row: row_jobs.rms_rows(y, loud, EPS, turn, (store, row))[0], donate_argnums=0
+    )
+    memory = store.unsafe_buffer_pointer()
+    store = write(store, jnp.asarray([2 * tokens], jnp.int32))
+    assert store.unsafe_buffer_pointer() == memory  # in place
+    parts = store.reshape(4, tokens, width)
+    np.testing.assert_array_equal(parts[2], stored_as(found, dtype))
+    assert (parts[jnp.asarray([0, 1, 3])].astype(F32) == 1).all()
   for _ in range(20):  # a race would not show every time
     total, *found = jax.jit(row_jobs.add_norm_rows, static_argnums=(5, 6))(
       x, y, gate, factor, shift, EPS, True

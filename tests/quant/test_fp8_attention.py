@@ -1,5 +1,7 @@
 """FP8 attention against the same sums by hand, and what each switch does to a block."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import ml_dtypes
@@ -10,9 +12,12 @@ from longlive_jax.build import choose_ops
 from longlive_jax.config.load import load_config
 from longlive_jax.eval import bench_block
 from longlive_jax.eval.bench import relative_error
-from longlive_jax.model.ops import dense_attention
-from longlive_jax.quant.fp8_attention import fp8_attention
-from longlive_jax.quant.policy import quantise_params
+from longlive_jax.model.attention import Cached
+from longlive_jax.model.kv_cache import empty_cache
+from longlive_jax.model.ops import REFERENCE, dense_attention, plain_attend
+from longlive_jax.quant.fp8 import Rows
+from longlive_jax.quant.fp8_attention import fp8_attention, fp8_attention_rows
+from longlive_jax.quant.policy import quantise_params, with_fp8_rows
 from longlive_jax.sample.latents import block_shape
 from longlive_jax.types import Array
 from tests.launch.tiny import OVERRIDES
@@ -58,6 +63,37 @@ def test_numbers_that_come_in_e4m3_are_used_as_they_are():
   few = fp8_attention(Q, k[:, :5], v[:, :5])  # a short text
   wide = dense_attention(Q, *(x[:, :5].astype(Q.dtype) for x in (k, v)))
   np.testing.assert_array_equal(few, wide)
+
+
+def test_its_result_as_an_operand():
+  k, v = (x.astype(ml_dtypes.float8_e4m3fn) for x in (K, V))
+  found = fp8_attention_rows(Q, k, v)
+  assert isinstance(found, Rows) and found.scales.shape == (*Q.shape[:2], 1)
+  wide = found.values.astype(jnp.float32) * found.scales[..., None]
+  np.testing.assert_array_equal(wide, fp8_attention(Q, k, v))
+  few = fp8_attention_rows(Q, K[:, :5], V[:, :5], jnp.asarray([3, 4]))  # a short text
+  np.testing.assert_array_equal(few, fp8_attention(Q, K[:, :5], V[:, :5], jnp.asarray([3, 4])))
+  with pytest.raises(ValueError, match="model.attention=fp8 makes one video at a time"):
+    fp8_attention_rows(Q, K, V, jnp.asarray([3, 4]))
+
+
+def test_a_layer_multiplies_the_result_of_attention_as_it_is():
+  """Only where its path is quantised, and not for devices that exchange it."""
+  path, shape = "layers/self_attn/o", (2, 12, 48)
+  ops = with_fp8_rows(dataclasses.replace(REFERENCE, dense=fp8_attention), frozenset({path}))
+  plan = Cached(1, None, jnp.zeros(2, jnp.int32))
+  cache = empty_cache(1, 2, 1, 24, 3, 16, "float32")
+  out, _ = ops.attend(Q, K, V, cache, 0, plan)
+  assert isinstance(out, Rows)
+  rows = ops.between.joined(ops, out, shape, (path,))
+  np.testing.assert_array_equal(
+    rows.values.astype(jnp.float32) * rows.scales, fp8_attention(Q, K, V).reshape(shape)
+  )
+  for other in (
+    with_fp8_rows(dataclasses.replace(ops, attend=plain_attend), frozenset({"layers/ffn/up"})),
+    with_fp8_rows(dataclasses.replace(REFERENCE, mesh=ops), frozenset({path})),
+  ):
+    assert other.attend is plain_attend
 
 
 def test_what_it_cannot_do():
