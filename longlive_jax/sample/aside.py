@@ -6,8 +6,10 @@ more than a second. But a process has only so much that is pinned: XLA allows 64
 goes to ordinary memory.
 """
 
+import functools
 import threading
 import weakref
+from collections.abc import Callable
 
 import jax
 import numpy as np
@@ -23,12 +25,17 @@ def bytes_of(tree: PyTree) -> int:
   return sum(a.size * a.dtype.itemsize for a in jax.tree.leaves(tree))
 
 
-def to_host(tree: PyTree) -> PyTree:
-  """Arrays in ordinary host memory, all copied at a time while the devices go on."""
+def begun(tree: PyTree) -> PyTree:
+  """The same arrays, on their way to ordinary host memory."""
   for leaf in jax.tree.leaves(tree):
     if isinstance(leaf, jax.Array):
       leaf.copy_to_host_async()
-  return jax.tree.map(np.asarray, tree)
+  return tree
+
+
+def to_host(tree: PyTree) -> PyTree:
+  """Arrays in ordinary host memory, all copied at a time while the devices go on."""
+  return jax.tree.map(np.asarray, begun(tree))
 
 
 class Aside:
@@ -41,22 +48,38 @@ class Aside:
   def __init__(self, left: int = PINNED_BYTES):
     self.left, self._lock = left, threading.RLock()  # an array may be forgotten at any time
 
-  def put(self, tree: PyTree) -> PyTree:
-    """Arrays of devices in host memory, pinned as long as there is room.
+  def start(self, tree: PyTree) -> Callable[[], PyTree]:
+    """Begins to copy arrays of devices to host memory, pinned as long as there is room.
 
-    Pinned memory is free again when they are forgotten.
+    A device copies beside the work that it is given after this, and waits for what it was given
+    before. Pinned memory is free again when the copies are forgotten.
+
+    Returns:
+      What waits for the copies and returns them. Before that nothing of the tree may be donated.
     """
     size = bytes_of(tree)
-    if not self._take(size):
-      return to_host(tree)
+    copies = self._pinned(tree, size) if self._take(size) else None
+    if copies is None:
+      return functools.partial(to_host, begun(tree))
+
+    def wait() -> PyTree:
+      try:
+        return jax.block_until_ready(copies)
+      except jax.errors.JaxRuntimeError:  # there is less than was thought
+        return to_host(tree)
+
+    return wait
+
+  def _pinned(self, tree: PyTree, size: int) -> PyTree:
+    """Copies that are under way; None if there is less than was thought."""
     try:
-      found = jax.block_until_ready(parked(tree))
-    except jax.errors.JaxRuntimeError:  # there is less than was thought
+      copies = parked(tree)
+    except jax.errors.JaxRuntimeError:
       self._take(-size)
-      return to_host(tree)
-    for leaf in jax.tree.leaves(found):
+      return None
+    for leaf in jax.tree.leaves(copies):
       weakref.finalize(leaf, self._take, -leaf.nbytes)
-    return found
+    return copies
 
   def _take(self, size: int) -> bool:
     with self._lock:

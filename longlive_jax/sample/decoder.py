@@ -14,6 +14,7 @@ from longlive_jax.model.module import Network
 from longlive_jax.model.vae import SPACE, TIME, from_uint8, to_uint8
 from longlive_jax.parallel.rules import at, home_of
 from longlive_jax.parallel.space import fetched, split_rows
+from longlive_jax.sample.aside import begun
 from longlive_jax.sample.together import compile_all
 from longlive_jax.types import Array, ArrayLike, PyTree
 
@@ -85,12 +86,29 @@ class Decoder:
     Returns:
       (frames uint8 `[B, T, H, W, 3]`, state).
     """
-    parts, join = [], self._join[state is None]
+    join = self._join[state is None]
+    parts, state = self._parts(latents, state)
+    return join(*parts), state
+
+  def frames(self, latents: ArrayLike, state: Any) -> tuple[np.ndarray, Any]:
+    """`decode` to host memory: frames of a call are fetched while the next is computed."""
+    parts, state = self._parts(latents, state)
+    batch, _, height, width, _ = self.block_shape
+    count = sum(part.shape[1] for part in begun(parts))
+    frames, at = np.empty((batch, count, SPACE * height, SPACE * width, 3), np.uint8), 0
+    for part in parts:
+      frames[:, at : at + part.shape[1]] = part
+      at += part.shape[1]
+    return frames, state
+
+  def _parts(self, latents: ArrayLike, state: Any) -> tuple[list[Array], Any]:
+    """Frames of each call."""
+    parts = []
     for start in range(0, self.block_shape[1], self.size):
       step = self._first if state is None else self.later
       part, state = step(self.params, latents, np.int32(start), state)
       parts.append(part)
-    return join(*parts), state
+    return parts, state
 
   def encode_images(self, images: np.ndarray) -> np.ndarray:
     """Latents `[B, 1, h, w, C]` of images uint8 `[B, H, W, 3]`; compiled at the first use.

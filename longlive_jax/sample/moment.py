@@ -7,7 +7,7 @@ is what was there, to the bit.
 """
 
 import dataclasses
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -133,12 +133,9 @@ def status(
   )
 
 
-def on_host(
-  moment: Moment, slots: Mapping[int, Caches], put: Callable[[PyTree], PyTree] = to_host
-) -> Moment:
-  """The moment on the host, with these contents of slots, put there by a function."""
+def on_host(moment: Moment, decoder: PyTree, slots: Mapping[int, Caches]) -> Moment:
+  """The moment on the host, with a decoder's state and contents of slots that are there."""
   rollout = dataclasses.replace(moment.rollout, caches=())
-  decoder, slots = put((moment.decoder, slots))
   return Moment(rollout, decoder, moment.account, slots)
 
 
@@ -209,7 +206,7 @@ class Keeper:
       return moment
     filled = range(moment.rollout.states[0].slots.level)
     slots = {slot: to_host(self.take(moment, [slot])[slot]) for slot in filled}
-    return on_host(moment, slots)
+    return on_host(moment, to_host(moment.decoder), slots)
 
   def on_devices(self, moment: Moment, caches: Caches | None = None) -> Moment:
     """A moment of the host, put on the devices.

@@ -154,7 +154,8 @@ class Session:
     entry, account = moment.account.enter(self._cut_prefix)
     texts = self._texts(entry.prompt)
     lost = overwritten(run.engine.schedule, moment.rollout, entry) if self.keep else []
-    slots = self._keeper.take(moment, lost)
+    slots = self._keeper.take(moment, lost)  # a point to go back to leaves beside the block's work
+    point = ASIDE.start((moment.decoder, slots)) if self.keep else None
     self._lose(f"block {block} was interrupted: load the session again or begin another")
     step = params, moment.rollout, texts, [entry]
     if given is None:
@@ -162,14 +163,13 @@ class Session:
       latents, rollout = run.sample(*step, keys, *run.known(None if block else self._first))
     else:
       latents, rollout = run.absorb(*step, given)
-    if self.keep:  # while the devices are at work
-      self._points = (*self._points, on_host(moment, slots, ASIDE.put))[-self.keep :]
-    frames, decoder = run.decoder.decode(latents, moment.decoder)
-    finite, video = bool(run.finite(latents)), np.asarray(frames)[0]
+    if point:
+      self._points = (*self._points, on_host(moment, *point()))[-self.keep :]
+    finite, (frames, decoder) = run.finite(latents), run.decoder.frames(latents, moment.decoder)
     self._moment = Moment(rollout, decoder, account).with_host_history()
     if not finite:
       raise not_finite(block + 1)
-    return video
+    return frames[0]
 
   def _texts(self, prompt: str) -> Texts:
     """Text keys and values of a prompt; those of the last one are kept."""

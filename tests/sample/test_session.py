@@ -399,7 +399,7 @@ def test_a_block_that_is_interrupted_ends_the_session(
     raise KeyboardInterrupt
 
   with monkeypatch.context() as patch:
-    patch.setattr(sampler.prepare().decoder, "decode", interrupt)
+    patch.setattr(sampler.prepare().decoder, "frames", interrupt)
     with pytest.raises(KeyboardInterrupt):
       session.next_block()
   for call in (session.next_block, session.park, lambda: session.rewind(1)):
