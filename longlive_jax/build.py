@@ -15,7 +15,7 @@ from longlive_jax.config.load import load_config
 from longlive_jax.io.tuned import put_tuned
 from longlive_jax.kernels.matmul_choice import use_kernels
 from longlive_jax.model.between import OnePass
-from longlive_jax.model.dit import declare_dit, separate_layers
+from longlive_jax.model.dit import declare_dit
 from longlive_jax.model.module import Network
 from longlive_jax.model.narrow import narrowed
 from longlive_jax.model.ops import Ops, attend_with, cudnn_attention, dense_attention
@@ -28,6 +28,7 @@ from longlive_jax.parallel.rules import RULES, WHOLE, Rule, shardings_of
 from longlive_jax.parallel.share import AS_THEY_ARE, Travel, shared_ops
 from longlive_jax.quant.fp8 import from_bytes, to_bytes
 from longlive_jax.quant.fp8_attention import fp8_attention
+from longlive_jax.quant.joint import unrolled_params
 from longlive_jax.quant.policy import quantise_params, quantised_ops
 from longlive_jax.sample.sampler import Models, Sampler
 from longlive_jax.types import PyTree
@@ -265,7 +266,7 @@ class Pipeline(Sampler):
     dit, network = with_adapters(adapters, models.dit, models.params["dit"], mesh), models.dit
     dit = quantise_params(dit, experiment.quant)
     if unrolls(experiment):
-      dit, network = separate_layers(dit), declare_dit(experiment.model, unrolled=True)
+      dit, network = unrolled_params(dit, models.ops), declare_dit(experiment.model, unrolled=True)
     return cls(dataclasses.replace(models, dit=network, params={**models.params, "dit": dit}))
 
   @classmethod

@@ -17,9 +17,10 @@ from longlive_jax.eval.bench import Case, Record, compiled
 from longlive_jax.eval.flops import cached_flops
 from longlive_jax.kernels.matmul_choice import HOPPER, kernel_for, use_kernels
 from longlive_jax.model import solvers
-from longlive_jax.model.dit import TextKV, cast_params, declare_dit, separate_layers
+from longlive_jax.model.dit import TextKV, cast_params, declare_dit
 from longlive_jax.model.kv_cache import KVCache, SlotState, stored_as
 from longlive_jax.model.ops import Ops
+from longlive_jax.quant.joint import joins, unrolled_params
 from longlive_jax.quant.kv import QuantisedKVCache, Store
 from longlive_jax.quant.nvfp4 import Spec, quantise
 from longlive_jax.quant.policy import quantise_params, quantised_ops
@@ -56,11 +57,7 @@ def variants() -> dict[str, tuple[str, ...]]:
 
 
 def varied(
-  experiment: Experiment,
-  linears: str,
-  cache: str,
-  attention: str = "auto",
-  kernels: str = "auto",
+  experiment: Experiment, linears: str, cache: str, attention: str = "auto", kernels: str = "auto"
 ) -> Experiment:
   """The experiment with other precisions."""
   other = copy.deepcopy(dataclasses.replace(experiment))
@@ -202,17 +199,19 @@ class Held:
   def __init__(self, experiment: Experiment, choose_ops: ChooseOps, unrolls: Unrolls):
     self.experiment, self.choose_ops, self.unrolls = experiment, choose_ops, unrolls
     self.drawn: PyTree = None
-    self.params: dict[tuple[str, bool], PyTree] = {}
+    self.params: dict[Hashable, PyTree] = {}
     self.caches: dict[Hashable, PyTree] = {}
 
   def weights(self, variant: Experiment, unrolled: bool) -> PyTree:
     """Of the transformer, in the precision of a variant."""
-    key = variant.quant.linears, unrolled
+    quant, abstract = variant.quant, declare_dit(variant.model).abstract
+    ops = quantised_ops(self.choose_ops(variant), quant, abstract)
+    key = quant.linears, unrolled, joins(ops)
     if self.drawn is None:
       self.drawn = random_params(self.experiment)
     if key not in self.params:
-      made = quantise_params(self.drawn, variant.quant)
-      self.params[key] = separate_layers(made) if unrolled else made
+      made = quantise_params(self.drawn, quant)
+      self.params[key] = unrolled_params(made, ops) if unrolled else made
     return self.params[key]
 
   def made(

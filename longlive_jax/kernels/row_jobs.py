@@ -31,35 +31,43 @@ BF16, FP8, F32 = jnp.bfloat16, jnp.float8_e4m3fn, jnp.float32
 
 
 @functools.partial(
-  register_dataclass, data_fields=["values", "bias", "rows", "columns"], meta_fields=[]
+  register_dataclass, data_fields=["values", "bias", "rows", "columns"], meta_fields=["part"]
 )
 @dataclasses.dataclass(frozen=True)
 class Product:
   """A matrix product that is not finished: `values * rows * columns + bias`.
 
   Attributes:
-    values: bfloat16 `[..., N]`, T rows.
+    values: bfloat16 `[..., N]`, T rows; of n products in one `[..., n N]`, side by side.
     bias: float32 `[N]`, or None.
     rows: float32 `[T]`, scales of rows; None with `columns`.
     columns: float32 `[N]`, scales of columns.
+    part: n, and which of them this is; the others are not used.
   """
 
   values: jax.Array
   bias: jax.Array | None = None
   rows: jax.Array | None = None
   columns: jax.Array | None = None
+  part: tuple[int, int] = (1, 0)
+
+  @property
+  def shape(self) -> tuple[int, ...]:
+    """`[..., N]`."""
+    return *self.values.shape[:-1], self.values.shape[-1] // self.part[0]
 
   def whole(self) -> jax.Array:
     """The product as an array."""
-    y = self.values.astype(F32)
+    count, index = self.part
+    y = self.values.reshape(*self.shape[:-1], count, -1)[..., index, :].astype(F32)
     if self.rows is not None and self.columns is not None:
       y = y * self.rows.reshape(*y.shape[:-1], 1) * self.columns
     return (y if self.bias is None else y + self.bias).astype(self.values.dtype)
 
   @property
   def flat(self) -> jax.Array:
-    """Values `[T, N]`."""
-    return self.values.reshape(-1, self.values.shape[-1])
+    """Values `[n T, N]`, of which rows `index + n t` are its own."""
+    return self.values.reshape(-1, self.shape[-1])
 
   @property
   def lacks(self) -> tuple[bool, bool]:
@@ -95,6 +103,7 @@ def _run(
   outs: Sequence[jax.ShapeDtypeStruct],
   groups: int = 1,
   place: Sequence[jax.Array] = (),
+  part: tuple[int, int] = (1, 0),
 ) -> tuple[jax.Array, ...] | None:
   """Results, or None where shared memory is too small; `name` is all that the job depends on."""
   row_bytes = sum(x.shape[-1] * x.dtype.itemsize for x in rows)
@@ -104,7 +113,7 @@ def _run(
     found = fitting(dataclasses.replace(tuning, blocks=1, buffers=1), row_bytes, column_bytes)
   if found is None or (place and not kernel_rows.INLINE):
     return None
-  return RowsKernel(name, *job, groups, found)(rows, scalars, columns, outs, place)
+  return RowsKernel(name, *job, groups, found, part)(rows, scalars, columns, outs, place)
 
 
 def _outputs(x: jax.Array, quantise: bool) -> list[jax.ShapeDtypeStruct]:
@@ -270,6 +279,8 @@ def rms_rows(
     return (row,)
 
   rows, columns = (y.flat, *(turn or ())), (*y.vectors, weight)
-  outs = _outputs(y.flat, False) if place is None else [jax.ShapeDtypeStruct(place[0].shape, dtype)]
-  name = "rms", y.lacks, eps, turn is not None, str(dtype)
-  return _run(name, (read, finish), RMS, rows, y.scalars, columns, outs, place=place or ())
+  count = y.flat.shape[0] // y.part[0]
+  shape = (count, y.shape[-1]) if place is None else place[0].shape
+  name, outs = ("rms", y.lacks, eps, turn is not None), [jax.ShapeDtypeStruct(shape, dtype)]
+  more = {"place": place or (), "part": y.part}
+  return _run(name, (read, finish), RMS, rows, y.scalars, columns, outs, **more)

@@ -172,6 +172,7 @@ class RowsKernel:
     finish: `(tools, state, scalars, columns) -> outputs`: parts of a row, or a scalar, each.
     groups: T / groups consecutive rows share columns.
     tuning: layout.
+    part: (n, i): the first of the rows are n T, of which i, i + n, ... are read.
   """
 
   name: Hashable
@@ -179,6 +180,7 @@ class RowsKernel:
   finish: Job
   groups: int
   tuning: Tuning
+  part: tuple[int, int] = (1, 0)
 
   def __call__(
     self,
@@ -202,7 +204,8 @@ class RowsKernel:
     args, run = (*rows, *scalars, *columns, *place), functools.partial(self._run, counts, outs)
     if not INLINE:
       return run(*args)
-    name, given = (self.name, self.groups, self.tuning, counts), len(args) - len(place)
+    name = self.name, self.groups, self.tuning, self.part, counts
+    given = len(args) - len(place)
     return call_once_lowered(run, name, args, outs, {given: 0} if place else {})
 
   def _run(
@@ -214,7 +217,7 @@ class RowsKernel:
     """The kernel itself; the arguments are `counts` rows, scalars, columns, and a place."""
     warps, buffers = self.tuning.warpgroups, self.tuning.buffers
     rows, _, columns, _ = _split(args, counts[:4])
-    shares = self._shares(rows[0].shape[0])
+    shares = self._shares(rows[0].shape[0] // self.part[0])
     run = plgpu.kernel(
       functools.partial(self._block, shares, counts),
       out_type=list(outs),
@@ -245,17 +248,19 @@ class RowsKernel:
     sizes = (*counts, counts[0], counts[2], 3)
     rows, scalars, columns, place, results, stores, fixed, rest = _split(refs, sizes)
     scratch, full, ready = rest
-    total, me = rows[0].shape[0], jax.lax.axis_index("warpgroup")
+    total, me = rows[0].shape[0] // self.part[0], jax.lax.axis_index("warpgroup")
     block, each_group = jax.lax.axis_index("block"), total // self.groups
     group, share = jax.lax.div(block, shares), jax.lax.rem(block, shares)
     first = group * each_group + jax.lax.div(share * each_group, shares) + me
     last = group * each_group + jax.lax.div((share + 1) * each_group, shares)
     count = jax.lax.div(jax.lax.max(last - first, 0) + (warps - 1), warps)
     begin = first + place[1][0] if place else first  # of the output
+    parts = self.part, *[(1, 0)] * (len(rows) - 1)
 
     def fetch(i: jax.Array, slot: jax.Array) -> None:
-      for source, store in zip(rows, stores, strict=True):
-        _copy(source.at[first + i * warps], store.at[me, slot], full.at[me * buffers + slot])
+      for (n, part), source, store in zip(parts, rows, stores, strict=True):
+        at = n * (first + i * warps) + part
+        _copy(source.at[at], store.at[me, slot], full.at[me * buffers + slot])
 
     for slot in range(buffers):
       pl.when(slot < count)(lambda slot=slot: fetch(jnp.int32(slot), jnp.int32(slot)))

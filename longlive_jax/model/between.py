@@ -37,6 +37,18 @@ class Sum:
   gate: Array
 
 
+@functools.partial(register_dataclass, data_fields=["scales"], meta_fields=[])
+@dataclasses.dataclass(frozen=True)
+class Beside:
+  """In place of the kernel of keys, or values: its columns are beside those of the queries'.
+
+  Attributes:
+    scales: of the columns, float32 `[E]`.
+  """
+
+  scales: Array
+
+
 @dataclasses.dataclass(frozen=True)
 class Keys:
   """Keys of one video that are normalised, and turned, as they are written; see `Unwritten`.
@@ -56,7 +68,7 @@ class Keys:
   def into(self, store: Array, layer: Array | int, slot: Array) -> Array:
     """`[layers, 1, K, S, N, D]` with these keys in `slot [1]` of a layer."""
     y, (slots, tokens, _, dim) = opened(self.product), store.shape[2:]
-    shape, made = y.values.shape, None
+    shape, made = y.shape, None
     if takes(shape, y.values.dtype):
       place = store.reshape(-1, shape[-1]), (layer * slots + slot) * tokens
       made = rms_rows(y, self.weight, self.eps, turned_rows(self.turn, shape), place)
@@ -138,9 +150,9 @@ class Between:
     del ops, x
     return None, plan
 
-  def writes_keys(self, ops: Ops, plan: Plan, cache: Any) -> bool:
+  def writes_keys(self, ops: Ops, plan: Plan, cache: Any, layer: Array | int) -> bool:
     """Whether keys can come as `Keys`."""
-    del ops, plan, cache
+    del ops, plan, cache, layer
     return False
 
 
@@ -200,9 +212,9 @@ class OnePass(Between):
 
   def rms(self, y: Array | Product, weight: Array, eps: float, turn: Rope | None = None) -> Array:
     y, made = opened(y), None
-    if takes(y.values.shape, y.values.dtype):
-      made = rms_rows(y, weight, eps, turned_rows(turn, y.values.shape))
-    return super().rms(y, weight, eps, turn) if made is None else made[0].reshape(y.values.shape)
+    if takes(y.shape, y.values.dtype):
+      made = rms_rows(y, weight, eps, turned_rows(turn, y.shape))
+    return super().rms(y, weight, eps, turn) if made is None else made[0].reshape(y.shape)
 
   def turns(self, ops: Ops, plan: Plan, x: Array) -> tuple[Rope | None, Plan]:
     if not isinstance(plan, Cached) or plan.rope is None or plan.window_rope is not None:
@@ -215,9 +227,11 @@ class OnePass(Between):
       rope = jax.tree.map(lambda a: jax.lax.dynamic_slice_in_dim(a, at, x.shape[1], 1), rope)
     return rope, dataclasses.replace(plan, rope=None)
 
-  def writes_keys(self, ops: Ops, plan: Plan, cache: Any) -> bool:
-    here = ops.mesh is None and isinstance(plan, Cached) and isinstance(cache, KVCache)
-    return here and plan.rope is plan.window_rope is None and cache.k.shape[1] == 1
+  def writes_keys(self, ops: Ops, plan: Plan, cache: Any, layer: Array | int) -> bool:
+    # of separate layers: with a slice of a stack XLA makes the kernel a fusion, which writes anew
+    here = isinstance(layer, int) and isinstance(plan, Cached) and isinstance(cache, KVCache)
+    turned = here and ops.mesh is None and plan.rope is plan.window_rope is None
+    return turned and cache.k.shape[1] == 1
 
 
 def apart(x: Array, w: Array) -> tuple[Array, Array]:

@@ -113,13 +113,13 @@ class DiT(nnx.Module):
     first = self.layers[0] if isinstance(self.layers, nnx.List) else self.layers
     x = ops.prepare(x, first.cross_attn.paths)
     if isinstance(self.layers, nnx.List):
-      pairs = [a.cross_attn.keys_values(x, ops.in_layer(i)) for i, a in enumerate(self.layers)]
+      pairs = [a.cross_attn.text(x, ops.in_layer(i)) for i, a in enumerate(self.layers)]
       return TextKV(*zip(*pairs, strict=True))
     graph, state = nnx.split(self.layers)
 
     def one(_: None, inputs: Any) -> tuple[None, tuple[Array, Array]]:
       index, params = inputs
-      return None, nnx.merge(graph, params).cross_attn.keys_values(x, ops.in_layer(index))
+      return None, nnx.merge(graph, params).cross_attn.text(x, ops.in_layer(index))
 
     return TextKV(*jax.lax.scan(one, None, (jnp.arange(self.cfg.layers), state))[1])
 

@@ -3,6 +3,7 @@
 Source: spec/models.md section 1.
 """
 
+import dataclasses
 from typing import Any
 
 import jax
@@ -11,7 +12,7 @@ from flax import nnx
 
 from longlive_jax.config import Model
 from longlive_jax.model.attention import Cross
-from longlive_jax.model.between import Keys, Sum, between_of, whole
+from longlive_jax.model.between import Beside, Keys, Sum, between_of, opened, whole
 from longlive_jax.model.layers import AffineNorm, Linear, Mlp, RmsNorm, xavier
 from longlive_jax.model.ops import Ops, Plan, modulated_norm
 from longlive_jax.model.rope import Rope
@@ -40,22 +41,36 @@ class Attention(nnx.Module):
     """`[B, S, E] -> [B, S, N, D]`."""
     return x.reshape(*x.shape[:2], self.heads, -1)
 
-  def queries(self, x: Any, ops: Ops, turn: Rope | None = None) -> Array:
-    """Of an input that is prepared; perhaps rotated."""
-    return self.normed(self.q, self.norm_q, x, ops, turn)
+  def products(self, x: Any, ops: Ops) -> list[Any]:
+    """Of queries, keys and values, of an input that is prepared."""
+    if not isinstance(self.k.kernel.get_value(), Beside):
+      return [product(layer, x, ops) for layer in (self.q, self.k, self.v)]
+    found = [dataclasses.replace(opened(product(self.q, x, ops)), part=(3, 0))]
+    for i, layer in enumerate((self.k, self.v), 1):
+      beside: Any = layer.kernel.get_value()
+      mine = {"columns": beside.scales, "bias": layer.bias[...], "part": (3, i)}
+      found.append(dataclasses.replace(found[0], **mine))
+    return found
+
+  def queries(self, y: Any, ops: Ops, turn: Rope | None = None) -> Array:
+    """Of their product; perhaps rotated."""
+    return self.normed(y, self.norm_q, ops, turn)
 
   def keys_values(
-    self, x: Any, ops: Ops, turn: Rope | None = None, late: bool = False
+    self, k: Any, v: Any, ops: Ops, turn: Rope | None = None, late: bool = False
   ) -> tuple[Any, Array]:
-    """Of an input that is prepared; keys perhaps rotated, or `late`, as they are written."""
-    values, norm = self.split(whole(product(self.v, x, ops))), self.norm_k
+    """Of their products; keys perhaps rotated, or `late`, as they are written."""
+    values, norm = self.split(whole(v)), self.norm_k
     if late:
-      return Keys(product(self.k, x, ops), norm.scale[...], norm.eps, turn, self.heads), values
-    return self.normed(self.k, norm, x, ops, turn), values
+      return Keys(k, norm.scale[...], norm.eps, turn, self.heads), values
+    return self.normed(k, norm, ops, turn), values
 
-  def normed(self, linear: Linear, norm: RmsNorm, x: Any, ops: Ops, turn: Rope | None) -> Array:
+  def text(self, x: Any, ops: Ops) -> tuple[Array, Array]:
+    """Keys and values of a text that is prepared."""
+    return self.keys_values(product(self.k, x, ops), product(self.v, x, ops), ops)
+
+  def normed(self, y: Any, norm: RmsNorm, ops: Ops, turn: Rope | None) -> Array:
     """A projection, normalised over all heads together."""
-    y = product(linear, x, ops)
     return self.split(between_of(ops).rms(y, norm.scale[...], norm.eps, turn))
 
 
@@ -109,12 +124,14 @@ class Layer(nnx.Module):
     m = [p[:, :, None] for p in jnp.moveaxis(m, 2, 0)]
     x, y = between.enter(ops, x, (m[1], m[0]), self.eps, (own.q.path, *own.paths))
     turn, plan = between.turns(ops, plan, x)
-    k, v = own.keys_values(y, ops, turn, between.writes_keys(ops, plan, cache))
-    out, cache = ops.attend(own.queries(y, ops, turn), k, v, cache, layer, plan)
+    q, k, v = own.products(y, ops)
+    k, v = own.keys_values(k, v, ops, turn, between.writes_keys(ops, plan, cache, layer))
+    out, cache = ops.attend(own.queries(q, ops, turn), k, v, cache, layer, plan)
     y = product(own.o, between.joined(ops, out, x.shape, (own.o.path,)), ops)
     affine = self.cross_norm.scale[...], self.cross_norm.bias[...]
     x, y = between.add_norm(ops, x, y, m[2], affine, self.eps, (other.q.path,))
-    out, _ = ops.attend(other.queries(y, ops), *text, None, layer, cross)
+    q = other.queries(product(other.q, y, ops), ops)
+    out, _ = ops.attend(q, *text, None, layer, cross)
     y = product(other.o, between.joined(ops, out, x.shape, (other.o.path,)), ops)
     x, y = between.add_norm(ops, x, y, None, (m[4], m[3]), self.eps, (self.ffn.up.path,))
     y = between.activate(ops, product(self.ffn.up, y, ops), self.ffn.down.path)

@@ -141,6 +141,21 @@ def test_root_mean_square_norm_of_a_product(run):
   np.testing.assert_allclose(found, np.asarray(wanted, np.float32), rtol=8e-3, atol=1e-6)
 
 
+@pytest.mark.parametrize("index", [0, 2])
+def test_a_norm_of_one_of_several_products_that_are_side_by_side(run, index):
+  each, weight = [a_product(seed, True) for seed in (9, 13, 17)], draw(40, WIDTH)
+  y = each[index]
+  joint = Product(
+    jnp.concatenate([a.values for a in each], -1), y.bias, y.rows, y.columns, (3, index)
+  )
+  assert joint.shape == y.shape
+  np.testing.assert_array_equal(joint.whole(), y.whole())
+  for a, b in zip(
+    *(run(lambda y: [OnePass().rms(y, weight, EPS)], p) for p in (joint, y)), strict=True
+  ):
+    np.testing.assert_array_equal(a, b)
+
+
 @pytest.mark.parametrize("relative", [False, True])
 def test_norms_that_turn_queries_and_keys(run, relative):
   """With positions of the window keys are turned when they are read, so nothing is turned early."""
@@ -168,12 +183,12 @@ def test_keys_are_finished_where_they_are_written(run, dtype):
   plan, cache = Cached(3, turn, jnp.asarray([1])), empty_cache(2, 1, 3, T, WIDTH // 128, 128, dtype)
   cache = dataclasses.replace(cache, k=cache.k + 1)
   early, rest = OnePass().turns(REFERENCE, plan, X[None])
-  assert OnePass().writes_keys(REFERENCE, rest, cache)
-  assert not OnePass().writes_keys(REFERENCE, plan, cache)  # they are turned by the plan
+  assert OnePass().writes_keys(REFERENCE, rest, cache, 0)
+  assert not OnePass().writes_keys(REFERENCE, plan, cache, 0)  # they are turned by the plan
   assert not OnePass().writes_keys(
-    REFERENCE, rest, empty_quantised_cache(cache.k.shape, BF16, "mse")
+    REFERENCE, rest, empty_quantised_cache(cache.k.shape, BF16, "mse"), 0
   )
-  assert not Between().writes_keys(REFERENCE, rest, cache)
+  assert not Between().writes_keys(REFERENCE, rest, cache, 0)
 
   def job(y, weight, cache):
     keys = Keys(y, weight, EPS, early, WIDTH // 128)
