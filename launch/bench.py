@@ -41,7 +41,7 @@ from longlive_jax.eval import (
   bench_sp,
   bench_vae,
 )
-from longlive_jax.eval.bench import Case, Record, measure, write_records
+from longlive_jax.eval.bench import Case, Record, implementations_of, measure, write_records
 from longlive_jax.io.atomic import check_writable
 
 CONFIGS = {"5b": "configs/wan5b_sample.py", "tiny": "configs/tiny.py"}
@@ -99,7 +99,11 @@ def check_flags() -> None:
 
 
 def check_found(names: set[str]) -> None:
-  """Raises ValueError where the flags name something that none of the cases has."""
+  """Raises ValueError where the flags name something that none of the cases has.
+
+  Args:
+    names: of the implementations of all cases that `--only` picks.
+  """
   if not names:
     raise ValueError(f"--only={ONLY.value} is in the name of no case of --suite={SUITE.value}")
   for name in IMPLEMENTATIONS.value:
@@ -110,18 +114,21 @@ def check_found(names: set[str]) -> None:
       )
 
 
+def chosen_cases(experiment: Experiment) -> Iterator[Case]:
+  """The cases of the suite that `--only` picks."""
+  return (case for case in SUITES[SUITE.value](experiment) if ONLY.value in case.name)
+
+
 def main(argv: list[str]) -> None:
   """Command line."""
   del argv
   check_flags()
-  records: list[Record] = []
-  names: set[str] = set()
-  print(f"{'case':30} {'sizes':44} {'by':13} {'median us':>11} {'TFLOP/s':>9} {'GB/s':>9} error")
   experiment = load_config(CONFIGS[SIZES.value], {"model.dtype": "bfloat16"})
-  for case in SUITES[SUITE.value](experiment):
-    if ONLY.value not in case.name:
-      continue
-    names.update(case.functions)
+  if ONLY.value or IMPLEMENTATIONS.value:
+    check_found(implementations_of(lambda: chosen_cases(experiment)))
+  records: list[Record] = []
+  print(f"{'case':30} {'sizes':44} {'by':13} {'median us':>11} {'TFLOP/s':>9} {'GB/s':>9} error")
+  for case in chosen_cases(experiment):
     chosen = IMPLEMENTATIONS.value or list(case.functions)
     if not set(chosen) & set(case.functions):
       continue
@@ -129,7 +136,6 @@ def main(argv: list[str]) -> None:
       records.append({"suite": SUITE.value, **record})
       print(line(records[-1]), flush=True)
     write_records(OUT.value, records)
-  check_found(names)
 
 
 if __name__ == "__main__":

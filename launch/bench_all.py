@@ -8,6 +8,7 @@ folder. What was measured is not measured again. `--only` picks rows by parts of
 `--list` shows them with their commands.
 """
 
+import re
 import shlex
 import shutil
 import signal
@@ -27,10 +28,11 @@ DISTILL = (
   *("--config.model.text.tokenizer=bytes", "--config.model.text.parked"),
   *("--config.train.remat=full", "--config.train.steps=6", "--config.io.log_every_steps=1"),
 )
+LISTED = re.compile(r"^GPU (\d+): .*\(UUID: (\S+)\)", re.MULTILINE)  # by nvidia-smi -L
 PARKED, SHARED = "--config.model.text.parked", "--config.parallel.seq=2"
 BLOCKS = "bfloat16,fp8 linears,fp8 both,fp8 all"
 BY_XLA = "bfloat16 by XLA,fp8 linears by XLA,fp8 both by XLA"
-GPUS = flags.DEFINE_list("gpus", [], "GPUs to use, by number; empty = all")
+GPUS = flags.DEFINE_list("gpus", [], "GPUs to use, by number or UUID; empty = all")
 OUT = flags.DEFINE_string("out", "outputs/bench", "folder of records and logs")
 ONLY = flags.DEFINE_list("only", [], "only rows of these names, or with one of these in their name")
 LIST = flags.DEFINE_bool("list", False, "show the rows and end")
@@ -96,8 +98,8 @@ def rows() -> list[Job]:
   ]
 
 
-def found_gpus() -> list[str]:
-  """Numbers of the GPUs of this machine.
+def found_gpus() -> dict[str, str]:
+  """UUIDs of the GPUs of this machine, by their numbers.
 
   Raises:
     ValueError: none can be seen.
@@ -105,8 +107,35 @@ def found_gpus() -> list[str]:
   try:
     done = subprocess.run(("nvidia-smi", "-L"), capture_output=True, text=True, check=True)
   except (OSError, subprocess.CalledProcessError) as error:
-    raise ValueError("no GPU can be seen with nvidia-smi: name some with --gpus=0,1") from error
-  return [str(number) for number in range(len(done.stdout.splitlines()))]
+    raise ValueError("no GPU can be seen with nvidia-smi; --gpus names what it lists") from error
+  found = dict(LISTED.findall(done.stdout))
+  if not found:
+    raise ValueError("no GPU can be seen with nvidia-smi; --gpus names what it lists")
+  return found
+
+
+def chosen_gpus() -> list[str]:
+  """The GPUs that `--gpus` names, or all of this machine.
+
+  Raises:
+    ValueError: one is not there, is named twice or without a name; or none can be seen.
+  """
+  given, said = GPUS.value, f"--gpus={','.join(GPUS.value)}"
+  if "" in given:
+    raise ValueError(f"{said} leaves one without a name; use such as 0,1")
+  if len(set(given)) < len(given):
+    raise ValueError(f"{said} names one twice")
+  here = found_gpus()
+  numbers = {number: number for number in here} | {uuid: number for number, uuid in here.items()}
+  for name in given:
+    if name not in numbers:
+      raise ValueError(
+        f"{said} has '{name}', which is no GPU of this machine; use some of {', '.join(here)}, or"
+        " their UUIDs as `nvidia-smi -L` lists them"
+      )
+  if len({numbers[name] for name in given}) < len(given):
+    raise ValueError(f"{said} names one twice")
+  return given or list(here)
 
 
 def chosen_rows() -> list[Job]:
@@ -128,18 +157,17 @@ def chosen_rows() -> list[Job]:
 def main(argv: list[str]) -> None:
   """Command line."""
   del argv
+  if not OUT.value:
+    raise ValueError("--out is empty; name a folder for records and logs")
   chosen = chosen_rows()
   if LIST.value:
     for job in chosen:
       for program in job.programs:
         print(f"{job.name:20} {job.gpus} GPU  python {shlex.join(program)}")
     return
-  folder, gpus = Path(OUT.value), GPUS.value or found_gpus()
-  if "" in gpus:
-    raise ValueError(f"--gpus={','.join(gpus)} leaves one without a name; use such as 0,1")
-  if len(set(gpus)) < len(gpus):
-    raise ValueError(f"--gpus={','.join(gpus)} names one twice")
+  folder = Path(OUT.value)
   check_writable(folder, folder=True)
+  gpus = chosen_gpus()
   folder.mkdir(parents=True, exist_ok=True)
   signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that rows under way are ended too
   todo = [job for job in chosen if not (folder / f"{job.name}.done").exists()]

@@ -11,7 +11,9 @@ one JSON record a line and prints a table. Compare runs on the same warm device 
 from absl import flags
 
 from longlive_jax.build import Pipeline, enable_compile_cache
+from longlive_jax.config import Experiment
 from longlive_jax.config.load import define_config_flag, from_flags, run_main, without_files
+from longlive_jax.data.prompts import MOST_BLOCKS
 from longlive_jax.eval import bench_rollout
 from longlive_jax.eval.bench import Record, check_some, write_records
 from longlive_jax.io.atomic import check_writable
@@ -31,11 +33,22 @@ def line(record: Record) -> str:
   )
 
 
+def check_blocks(experiment: Experiment) -> None:
+  """Raises ValueError unless `--blocks` and the window before them fit in one entry of a script."""
+  window = experiment.sample.window_latents // experiment.model.block_latents
+  if BLOCKS.value > MOST_BLOCKS - window:
+    raise ValueError(
+      f"--blocks={BLOCKS.value} must be at most {MOST_BLOCKS - window}: with the {window} of the"
+      f" window they are one entry of a script, which has at most {MOST_BLOCKS}"
+    )
+
+
 def main(argv: list[str]) -> None:
   """Command line."""
   del argv
   experiment = without_files(from_flags(CONFIG.value))
   check_some("parts", PARTS.value, bench_rollout.PARTS)
+  check_blocks(experiment)
   check_writable(OUT.value)
   enable_compile_cache(experiment)
   records: list[Record] = []

@@ -77,7 +77,10 @@ def checkpoint(flag: flags.FlagHolder[str]) -> Path:
   try:
     return find_checkpoint(name)
   except FileNotFoundError as error:
-    raise FileNotFoundError(f"--{flag.name}={name} is not a checkpoint; import it first") from error
+    wrong = ": there is no such file, folder or shipped checkpoint"
+    if Path(name).exists():
+      wrong = " is not a checkpoint; import it first"
+    raise FileNotFoundError(f"--{flag.name}={name}{wrong}") from error
 
 
 def opened(flag: flags.FlagHolder[str]) -> Checkpoint:

@@ -24,7 +24,7 @@ from longlive_jax.config import Experiment
 from longlive_jax.config.load import define_config_flag, from_flags, run_main, to_json
 from longlive_jax.eval.plan_text import dry_run
 from longlive_jax.io.atomic import check_writable
-from longlive_jax.io.checkpoint import read_metadata, save_params
+from longlive_jax.io.checkpoint import is_checkpoint, read_metadata, save_params
 from longlive_jax.io.lock import LOCK, only_run
 from longlive_jax.io.processes import is_first, of_first
 from longlive_jax.parallel.mesh import mesh_of
@@ -50,7 +50,7 @@ def train(experiment: Experiment, workdir: Path) -> int:
   stage, result = experiment.train.stage, workdir / "params"
   done = steps_done(experiment, workdir)
   steps = max(done, experiment.train.steps)
-  if of_first(done == steps and is_result(result, steps)):
+  if of_first(done == steps and is_result(workdir, stage, steps)):
     if is_first():
       print(f"nothing to do: {done} steps are done, train.steps={experiment.train.steps}")
     return steps
@@ -75,9 +75,45 @@ def train(experiment: Experiment, workdir: Path) -> int:
   return steps
 
 
-def is_result(folder: Path, steps: int) -> bool:
-  """Whether weights after so many steps are there."""
-  return (folder / "metadata.json").is_file() and read_metadata(folder).get("steps") == steps
+def is_result(workdir: Path, stage: str, steps: int) -> bool:
+  """Whether all that a stage leaves after so many steps is there, as far as names of files tell."""
+  if any(lacking(workdir / name, networks) for name, networks in results_of(stage).items()):
+    return False
+  return read_metadata(workdir / "params").get("steps") == steps
+
+
+def results_of(stage: str) -> dict[str, tuple[str, ...]]:
+  """Folder in the workdir -> networks in it, of all that a stage leaves."""
+  results: dict[str, tuple[str, ...]] = {"params": ("dit", "text", "vae")}
+  if stage == "dmd":
+    results["adapters"] = ("lora",)
+  return results
+
+
+def lacking(folder: Path, networks: tuple[str, ...]) -> list[str]:
+  """Names of what a checkpoint of these networks lacks; numbers are not read."""
+  files = [name for name in ("config.json", "metadata.json") if not (folder / name).is_file()]
+  return files + [name for name in networks if not is_network(folder / name)]
+
+
+def is_network(folder: Path) -> bool:
+  """Whether groups of arrays are there, none of the first ones missing and none empty."""
+  count = len(list(folder.glob("*")))
+  groups = [folder / f"{number:03d}" for number in range(count)]
+  return count > 0 and all(any(group.glob("*")) for group in groups)
+
+
+def check_left(workdir: Path, stage: str) -> None:
+  """Raises ValueError for what is left of a result and is no checkpoint, so never replaced."""
+  for name, networks in results_of(stage).items():
+    folder = workdir / name
+    if not (folder / "metadata.json").is_file() or is_checkpoint(folder):
+      continue
+    if missing := lacking(folder, networks):
+      raise ValueError(
+        f"'{folder}' is not whole: it lacks {', '.join(missing)}; remove what is left of it,"
+        " and the same command writes it again"
+      )
 
 
 def check_run(experiment: Experiment, workdir: Path) -> None:
@@ -119,7 +155,8 @@ def main(argv: list[str]) -> None:
   with PROCESSES.joined():
     enable_compile_cache(experiment)
     check_same_settings(experiment)
-    if not is_result(workdir / "params", experiment.train.steps):
+    if not is_result(workdir, experiment.train.stage, experiment.train.steps):
+      check_left(workdir, experiment.train.stage)
       check_files(experiment, workdir)
     with only_run(workdir):
       steps = train(experiment, workdir)

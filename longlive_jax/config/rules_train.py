@@ -15,6 +15,14 @@ ROLES = ("student", "teacher", "critic")
 FITS = ("crop", "stretch")
 LAYOUTS = ("balanced", "plain")
 EXCHANGES = ("none", "fp8")
+MLP = ("down", "up")
+LINEARS = (  # paths of the linear layers of the transformer
+  "head/proj",
+  *(f"layers/{part}/{name}" for part in ("cross_attn", "self_attn") for name in "koqv"),
+  *(f"{mlp}/{name}" for mlp in ("layers/ffn", "text_embed", "time_embed") for name in MLP),
+  "patch_embed",
+  "time_proj",
+)
 
 
 def check_training(experiment: Experiment) -> None:
@@ -90,11 +98,16 @@ def check_roles(distill: Distill) -> None:
     raise ValueError("distill.layers=() adapts nothing")
   for pattern in distill.layers:
     try:
-      re.compile(pattern)
+      hits = [path for path in LINEARS if re.fullmatch(pattern, path)]
     except re.error as error:
       raise ValueError(
         f"distill.layers has {pattern!r}, which is no regular expression: {error}"
       ) from error
+    if not hits:
+      raise ValueError(
+        f"distill.layers has {pattern!r}, which matches no layer; the layers are"
+        f" {', '.join(sorted(LINEARS))}"
+      )
 
 
 def check_data(experiment: Experiment) -> None:

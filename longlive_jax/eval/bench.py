@@ -13,7 +13,7 @@ import json
 import re
 import subprocess
 import time
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +30,9 @@ Record = dict[str, Any]
 
 
 def check_some(flag: str, values: Sequence[str], known: Sequence[str]) -> None:
-  """Raises ValueError, which names the flag, unless all values are known."""
+  """Raises ValueError, which names the flag, unless there are values and all are known."""
+  if not values:
+    raise ValueError(f"--{flag} is empty; use some of {', '.join(known)}")
   for value in values:
     if value not in known:
       raise ValueError(f"--{flag} has {value!r}; use some of {', '.join(known)}")
@@ -124,6 +126,18 @@ class Case:
       return self.found(self.reference, self.made(self.reference)[0])
     with jax.default_matmul_precision("highest"):
       return self.truth()
+
+
+def implementations_of(cases: Callable[[], Iterable[Case]]) -> set[str]:
+  """Names of all implementations of cases; what makes their arrays is traced, not run."""
+  found: set[str] = set()
+
+  def look() -> None:
+    for case in cases():
+      found.update(case.functions)
+
+  jax.eval_shape(look)
+  return found
 
 
 def chain(

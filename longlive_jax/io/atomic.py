@@ -15,13 +15,17 @@ MOVING = (errno.ENOTEMPTY, errno.EEXIST, errno.ENOENT)  # what such a try says
 
 
 def check_writable(path: str | Path, *, folder: bool = False) -> None:
-  """Raises OSError unless a file could be made at `path`; makes nothing itself.
+  """Refuses a `path` at which no file could be made; makes nothing itself.
 
   Folders that are missing above `path` count as possible to make.
 
   Args:
     path: the file, or, with `folder`, the folder.
     folder: what is to be made. A file never replaces a folder, nor a folder a file.
+
+  Raises:
+    OSError: it could not be made; names `path`.
+    ValueError: its name is not UTF-8, or the folder is the root of the file system.
   """
   path = Path(path)
   try:
@@ -29,6 +33,9 @@ def check_writable(path: str | Path, *, folder: bool = False) -> None:
   except UnicodeEncodeError as error:
     raise ValueError(f"the name {str(path)!r} is not UTF-8; choose another one") from error
   check_kind(path, folder)
+  real = os.path.realpath(path)
+  if os.path.dirname(real) == real:
+    raise ValueError(f"'{path}' is the root of the file system; name a folder below it")
   above = next(folder for folder in path.absolute().parents if folder.exists())
   if not above.is_dir():
     raise NotADirectoryError(errno.ENOTDIR, f"'{above}' is not a folder", str(path))

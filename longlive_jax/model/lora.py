@@ -71,7 +71,7 @@ def adapter_shapes(params: PyTree, rank: int, layers: Sequence[str] = ALL) -> Py
     hits = [path for path in shapes if re.fullmatch(pattern, path)]
     if not hits:
       raise ValueError(
-        f"adapters are wanted for {pattern!r}, which matches no layer; the layers are"
+        f"distill.layers has {pattern!r}, which matches no layer; the layers are"
         f" {', '.join(sorted(shapes))}"
       )
     for path in hits:

@@ -1,7 +1,8 @@
 """Prompts to token ids: the text encoder's tokenizer file, or plain bytes for the tiny preset.
 
 A prompt is cleaned (broken unicode repaired, HTML unescaped twice, whitespace collapsed), then
-tokenized, closed with an end token and padded to `text.length`. An empty prompt is one end token.
+tokenized, closed with an end token and padded to `text.length`. An empty prompt is one end token;
+one that says something, of which cleaning leaves nothing to see, is refused.
 
 Source: spec/models.md section 4.5.
 """
@@ -10,6 +11,7 @@ import dataclasses
 import html
 import json
 import re
+import unicodedata
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Protocol
@@ -24,6 +26,7 @@ PAD_ID = 0
 END_ID = 1
 BYTE_OFFSET = 2  # byte b has id b + 2
 PAD_TOKEN, END_TOKEN = "<pad>", "</s>"
+UNSEEN = ("Cc", "Cf", "Zl", "Zp", "Zs")  # categories of Unicode that show nothing
 
 
 class Tokenizer(Protocol):
@@ -39,7 +42,8 @@ class Tokenizer(Protocol):
       ids `[B, L]` int32 and mask `[B, L]` int32, 1 at real tokens, the end token included.
 
     Raises:
-      ValueError: a prompt has more than L tokens and truncation is off.
+      ValueError: a prompt has more than L tokens and truncation is off, is not Unicode, or is not
+        blank and has nothing to see once it is cleaned (`&#32;`, U+200B).
     """
     ...
 
@@ -51,6 +55,20 @@ def clean(text: str) -> str:
   """Repairs unicode, unescapes HTML twice, collapses whitespace and strips; keeps the case."""
   text = html.unescape(html.unescape(ftfy.fix_text(text)))
   return re.sub(r"\s+", " ", text).strip()
+
+
+def checked(prompt: str) -> str:
+  """The cleaned prompt.
+
+  Raises:
+    ValueError: it is not Unicode, or only looks as if it said something.
+  """
+  if any("\ud800" <= char <= "\udfff" for char in prompt):
+    raise ValueError(f"prompt={_start(prompt)!r} has characters that are no text (surrogates)")
+  cleaned = clean(prompt)
+  if prompt.strip() and all(unicodedata.category(char) in UNSEEN for char in cleaned):
+    raise ValueError(f"prompt={_start(prompt)!r} must be text that is not empty")
+  return cleaned
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,7 +94,7 @@ class PaddedTokenizer:
     ids = np.full((len(prompts), self.length), self.pad, np.int32)
     mask = np.zeros((len(prompts), self.length), np.int32)
     for row, prompt in enumerate(prompts):
-      tokens = [*self.codec(clean(prompt)), self.end]
+      tokens = [*self.codec(checked(prompt)), self.end]
       if len(tokens) > self.length:
         if not self.truncate:
           raise ValueError(_too_long(prompt, len(tokens), self.length))
@@ -86,11 +104,14 @@ class PaddedTokenizer:
     return ids, mask
 
 
+def _start(prompt: str) -> str:
+  return prompt if len(prompt) <= 60 else f"{prompt[:57]}..."
+
+
 def _too_long(prompt: str, tokens: int, length: int) -> str:
-  start = prompt if len(prompt) <= 60 else f"{prompt[:57]}..."
   return (
-    f"prompt {start!r} has {tokens} tokens (end token included); model.text.length={length} is"
-    f" the most: shorten it by {tokens - length} tokens"
+    f"prompt {_start(prompt)!r} has {tokens} tokens (end token included);"
+    f" model.text.length={length} is the most: shorten it by {tokens - length} tokens"
   )
 
 

@@ -83,7 +83,7 @@ class Session:
     Until that block is made, a later push takes the place of an earlier one.
 
     Args:
-      prompt: not empty, at most `model.text.length` tokens, the cut's prefix included.
+      prompt: not empty once cleaned; at most `model.text.length` tokens, with the cut's prefix.
       transition: "keep", "recache" or "cut" as in a script; without effect at the first block.
 
     Returns:

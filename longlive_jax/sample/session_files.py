@@ -3,14 +3,15 @@
     FOLDER/arrays/000, 001, ...  Orbax: filled slots of the cache, one leaf a layer, as they are
                                  (bfloat16, float32, packed NVFP4); decoder state; latents
     FOLDER/config.json           the resolved configuration
-    FOLDER/session.json          everything else, with sizes of files and checksums of leaves;
-                                 written last
+    FOLDER/session.json          everything else, with sizes of files, checksums of leaves, and one
+                                 of itself; written last
 
 Leaves are those of one device: what several devices split is put together.
 """
 
 import contextlib
 import dataclasses
+import hashlib
 import json
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
@@ -38,7 +39,7 @@ from longlive_jax.sample.session_settings import check_settings
 from longlive_jax.types import SEQ, PyTree
 
 ACCOUNT, ARRAYS = "session.json", "arrays"
-FORMAT = 1
+FORMAT = 2
 GROUP_BYTES = 2**30
 
 
@@ -82,7 +83,14 @@ def write_session(folder: str | Path, saved: Saved, engine: Engine, experiment: 
     if group:
       _write_group(partial, group)
     (partial / CONFIG).write_text(to_json(experiment))
-    write_json(partial / ACCOUNT, {**_account(saved), "files": sizes(partial), "checksums": sums})
+    account = {**_account(saved), "files": sizes(partial), "checksums": sums}
+    write_json(partial / ACCOUNT, {**account, "sha256": digest(account)})
+
+
+def digest(account: Mapping[str, object]) -> str:
+  """SHA-256 of what `session.json` says, in hexadecimal, however it is laid out there."""
+  rest = {name: value for name, value in account.items() if name != "sha256"}
+  return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
 
 
 def sizes(folder: Path) -> dict[str, int]:
@@ -156,6 +164,8 @@ def read_session(
 ) -> Saved:
   """Reads a session into host memory, in the form that the engine's devices take.
 
+  Saves of format 1, made before `session.json` had a checksum of itself, are refused.
+
   Args:
     folder: written by `write_session`.
     engine: of a batch of one.
@@ -165,7 +175,7 @@ def read_session(
 
   Raises:
     FileNotFoundError: there is no saved session.
-    ValueError: it is damaged, or of another experiment (names the settings).
+    ValueError: it is damaged, of another format, or of another experiment (names the settings).
   """
   folder = Path(folder)
   if not (folder / ACCOUNT).is_file():
@@ -173,8 +183,15 @@ def read_session(
     raise FileNotFoundError(f"'{folder}' is not a saved session: {found}")
   with understood(folder):
     account = json.loads((folder / ACCOUNT).read_text())
-    if account["format"] != FORMAT:
-      raise ValueError(f"its format is {account['format']!r}, known is {FORMAT}")
+    form = account["format"]
+  if form != FORMAT:
+    raise ValueError(f"saved session '{folder}' has format {form!r}; this version reads {FORMAT}")
+  with understood(folder):
+    if account["sha256"] != digest(account):
+      raise ValueError(f"what {ACCOUNT} says is not what was written")
+    for name in ("seed", "index"):
+      if type(account[name]) is not int or not 0 <= account[name] < 2**32:
+        raise ValueError(f"{name}={account[name]!r} must be a whole number from 0 to 2**32 - 1")
     there = read_saved(folder / CONFIG)
   check_settings(folder, there, experiment)
   with understood(folder):

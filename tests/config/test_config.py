@@ -9,9 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from longlive_jax.config import Experiment
+from longlive_jax.config import Experiment, Model
 from longlive_jax.config.load import check, from_flags, from_json, load_config, override, to_json
 from longlive_jax.config.rules import SOLVERS
+from longlive_jax.config.rules_train import LINEARS
 from longlive_jax.config.walk import check_setting_name, settings
 
 CONFIGS = (
@@ -83,6 +84,13 @@ def test_sealing_leaves_the_argument_writable():
   sealed = from_flags(config)
   config.train.lr = 1.0
   assert sealed.train.lr != 1.0
+
+
+def test_linear_layers_are_those_of_the_transformer():
+  from longlive_jax.model.dit import declare_dit
+  from longlive_jax.model.lora import linear_shapes
+
+  assert sorted(LINEARS) == sorted(linear_shapes(declare_dit(Model()).abstract))
 
 
 def test_only_an_experiment_will_do():

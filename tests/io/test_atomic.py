@@ -24,6 +24,14 @@ def test_a_place_below_a_file_or_in_a_locked_folder_is_refused(tmp_path, monkeyp
     check_writable(tmp_path / "a" / "b")
 
 
+@pytest.mark.parametrize("root", ["/", "//", "/proc/..", "/./"])
+def test_the_root_of_the_file_system_is_no_folder_of_results(root):
+  with pytest.raises(ValueError, match=r"'/.*' is the root of the file system; name a folder"):
+    check_writable(root, folder=True)
+  with pytest.raises(IsADirectoryError):
+    check_writable(root)
+
+
 @pytest.mark.parametrize("folder", [False, True])
 def test_an_error_names_the_file_and_not_the_temporary_one(tmp_path, folder):
   target = tmp_path / "target"

@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 
 from longlive_jax.config.schema import Video
+from longlive_jax.data.prompts import MOST_BLOCKS
 from longlive_jax.data.shapes import write_clips
-from longlive_jax.eval import bench_quant
-from longlive_jax.eval.bench import Case, chain, measure
+from longlive_jax.eval import bench_quant, bench_rollout
+from longlive_jax.eval.bench import Case, chain, check_some, implementations_of, measure
 from tests.launch.tiny import TINY
 
 QUICK = ("--sizes=tiny", "--repeats=3", "--warm_seconds=0")
@@ -36,7 +37,32 @@ def test_every_part_has_a_record_of_how_fast_how_right_and_where(program, tmp_pa
 def test_a_case_that_is_not_there(program, tmp_path):
   done = program("bench", *QUICK, "--only=nothing", f"--out={tmp_path / 'x.jsonl'}")
   assert done.code == 2 and "--only=nothing" in done.stderr and done.stderr.count("\n") == 1
-  assert not (tmp_path / "x.jsonl").exists()
+  assert not done.stdout and not (tmp_path / "x.jsonl").exists()
+
+
+@pytest.mark.parametrize("flags", [("--only=nothing",), ("--only=ffn", "--implementations=none")])
+def test_names_are_looked_at_before_anything_is_built(program, tmp_path, monkeypatch, flags):
+  drawn, draw = [], jax.random.normal
+
+  def noted(*args, **options):
+    drawn.append(draw(*args, **options))
+    return drawn[-1]
+
+  monkeypatch.setattr(jax.random, "normal", noted)
+  done = program("bench", "--suite=gemm", *QUICK, *flags, f"--out={tmp_path / 'x.jsonl'}")
+  assert done.code == 2 and flags[-1].partition("=")[2] in done.stderr and not done.stdout
+  assert drawn and all(isinstance(x, jax.core.Tracer) for x in drawn)
+
+
+def test_implementations_are_those_of_all_cases():
+  found = implementations_of(lambda: bench_quant.cases(bench_quant.SIZES["tiny"]))
+  assert found == {n for c in bench_quant.cases(bench_quant.SIZES["tiny"]) for n in c.functions}
+
+
+def test_one_of_a_list_at_least_is_needed():
+  check_some("parts", ["a"], ("a", "b"))
+  with pytest.raises(ValueError, match="--parts is empty; use some of a, b"):
+    check_some("parts", [], ("a", "b"))
 
 
 def test_a_chain_does_every_job_and_walks_over_the_weights():
@@ -202,5 +228,32 @@ def test_a_whole_sampler_is_timed(program, tmp_path):
     assert 0 < record["p10_seconds"] <= record["median_seconds"] <= record["p90_seconds"]
     assert record["frames_per_second"] == pytest.approx(8 / record["median_seconds"])
   assert all(seconds > 0 for seconds in records[0]["first_frames_seconds"])
-  wrong = program("bench_rollout", *TINY, "--parts=pictures", f"--out={tmp_path / 'x'}")
-  assert wrong.code == 2 and "use some of latents, decode, frames" in wrong.stderr
+
+
+@pytest.mark.parametrize(
+  ("flag", "said"),
+  [
+    ("--parts=pictures", "--parts has 'pictures'; use some of latents, decode, frames"),
+    ("--parts=", "--parts is empty; use some of latents, decode, frames"),
+    ("--parts= ", "--parts has ''; use some of latents, decode, frames"),
+    ("--blocks=99999999999999999999", "--blocks=99999999999999999999 must be at most 99997"),
+    ("--blocks=99998", "--blocks=99998 must be at most 99997"),
+  ],
+)
+def test_parts_and_blocks_that_cannot_be_timed(program, tmp_path, flag, said):
+  done = program("bench_rollout", *TINY, flag, f"--out={tmp_path / 'x'}")
+  assert done.code == 2 and said in done.stderr and done.stderr.count("\n") == 1
+  assert not done.stdout and not list(tmp_path.iterdir())
+
+
+def test_the_most_blocks_are_those_of_a_script(program, tmp_path, monkeypatch):
+  asked = []
+
+  def measure(experiment, make, parts, blocks):
+    asked.append(bench_rollout.script_of(experiment, blocks))
+    raise KeyboardInterrupt
+
+  monkeypatch.setattr(bench_rollout, "measure", measure)
+  out = f"--out={tmp_path / 'x'}"
+  assert program("bench_rollout", *TINY, "--blocks=99997", out).code == 130
+  assert [shot.blocks for shot in asked[0].shots] == [MOST_BLOCKS]

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from launch import lanes
 from launch.lanes import Ended, Job, measure, run_jobs
 
 # reads the flags of each line in a process of its own, with the program imported once
@@ -130,8 +131,11 @@ def test_every_row_is_a_command_that_its_program_takes(root, tmp_path):
     (("--only=nonsense",), "--only=nonsense is in the name of no row; the rows are two_2steps"),
     (("--gpus=0,0",), "--gpus=0,0 names one twice"),
     (("--gpus=0,",), "--gpus=0, leaves one without a name"),
-    ((), "no GPU can be seen with nvidia-smi: name some with --gpus=0,1"),
-    (("--gpus=0", "--out=/proc/x"), "/proc"),
+    ((), "no GPU can be seen with nvidia-smi; --gpus names what it lists"),
+    (("--gpus=0",), "no GPU can be seen with nvidia-smi"),
+    (("--gpus=0", "--out=/", "--only=gemm"), "'/' is the root of the file system"),
+    (("--gpus=0", "--out=", "--only=gemm"), "--out is empty; name a folder"),
+    (("--list", "--out="), "--out is empty; name a folder"),
   ],
 )
 def test_bad_flags_give_one_line(program, monkeypatch, given, line):
@@ -140,8 +144,53 @@ def test_bad_flags_give_one_line(program, monkeypatch, given, line):
   assert done.code == 2 and line in done.stderr and done.stderr.count("\n") == 1
 
 
+@pytest.fixture
+def two_gpus(tmp_path_factory, monkeypatch) -> None:
+  """A machine with GPUs 0 and 1, as nvidia-smi tells; the first is cut in parts."""
+  folder = tmp_path_factory.mktemp("bin")
+  lines = (
+    "GPU 0: NVIDIA H100 80GB HBM3 (UUID: GPU-0a)",
+    "  MIG 1g.10gb     Device  0: (UUID: MIG-0b)",
+    "GPU 1: NVIDIA H100 80GB HBM3 (UUID: GPU-1a)",
+  )
+  (folder / "nvidia-smi").write_text("#!/bin/sh\n" + "".join(f"echo '{x}'\n" for x in lines))
+  (folder / "nvidia-smi").chmod(0o755)
+  monkeypatch.setenv("PATH", str(folder), prepend=os.pathsep)
+
+
+@pytest.mark.parametrize("name", ["abc", "-1", "2", "99", "00", "GPU-2a", "GPU-"])
+def test_a_gpu_that_is_not_there_is_refused(program, two_gpus, tmp_path, name):
+  done = program("bench_all", f"--gpus=0,{name}", f"--out={tmp_path / 'x'}")
+  assert done.code == 2 and not done.stdout and not (tmp_path / "x").exists()
+  said = f"--gpus=0,{name} has '{name}', which is no GPU of this machine; use some of 0, 1, or"
+  assert said in done.stderr and done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+  ("given", "used"),
+  [((), ["0", "1"]), (("--gpus=1",), ["1"]), (("--gpus=GPU-1a,0",), ["GPU-1a", "0"])],
+)
+def test_gpus_are_those_that_are_named_or_all(
+  program, two_gpus, tmp_path, monkeypatch, given, used
+):
+  found: list[list[str]] = []
+  monkeypatch.setattr(lanes, "measure", lambda jobs, gpus, folder: found.append(gpus))
+  assert program("bench_all", f"--out={tmp_path}", *given).code == 0
+  assert found == [used]
+
+
+def test_a_folder_that_cannot_be_made_is_named(program, two_gpus):
+  done = program("bench_all", "--gpus=0", "--out=/proc/x")
+  assert done.code == 2 and "/proc/x" in done.stderr and done.stderr.count("\n") == 1
+
+
+def test_a_gpu_has_one_name_at_a_time(program, two_gpus, tmp_path):
+  done = program("bench_all", "--gpus=1,GPU-1a", f"--out={tmp_path}")
+  assert done.code == 2 and "--gpus=1,GPU-1a names one twice" in done.stderr
+
+
 def test_rows_that_do_not_fit_are_left_out_and_what_runs_ends_with_the_program(
-  program, tmp_path, root
+  program, tmp_path, root, two_gpus
 ):
   for only, count in (("two_2", 2), ("two_2steps,", 1), ("two_2steps,two_bf", 2)):
     done = program("bench_all", "--gpus=0", f"--out={tmp_path}", f"--only={only}")

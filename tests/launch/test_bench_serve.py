@@ -34,3 +34,5 @@ def test_the_server_is_timed_beside_the_library_alone(program: Program, tmp_path
 def test_ways_that_are_not_known(program: Program, tmp_path):
   wrong = program("bench_serve", *QUICK, "--ways=pigeon", f"--out={tmp_path / 'x'}")
   assert wrong.code == 2 and "use some of stream, session, api" in wrong.stderr
+  empty = program("bench_serve", *QUICK, "--ways=", f"--out={tmp_path / 'x'}")
+  assert empty.code == 2 and "--ways is empty; use some of stream" in empty.stderr

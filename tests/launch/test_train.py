@@ -1,6 +1,7 @@
 """The two stages one after the other, as programs; their result serves everything else."""
 
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -115,6 +116,56 @@ def test_a_result_that_is_missing_is_made_from_the_last_checkpoint(trained, prog
   assert done.code == 0, done.stderr
   assert "nothing to do" in done.stdout
   jax.tree.map(np.testing.assert_array_equal, weights(trained), before)
+
+
+@pytest.mark.parametrize("removed", ["all", "dit"])
+def test_weights_that_are_missing_in_a_result_are_written_again(
+  trained, program, folder, removed, tmp_path
+):
+  run, whole = folder / "ar", weights(trained)
+  try:
+    trained.rename(tmp_path / "aside")
+    shutil.copytree(tmp_path / "aside", trained)
+    for name in ("dit", "text", "vae") if removed == "all" else (removed,):
+      shutil.rmtree(trained / name)
+    done = train(program, folder, "ar")
+    assert done.code == 0 and f"{trained}: weights after 60 steps" in done.stdout, done.stderr
+    jax.tree.map(np.testing.assert_array_equal, weights(trained), whole)
+  finally:
+    shutil.rmtree(trained)
+    (tmp_path / "aside").rename(run / "params")
+
+
+@pytest.mark.parametrize(
+  ("removed", "lacks"), [("config.json", "config.json"), ("dit/000", "dit"), ("text/*/*", "text")]
+)
+def test_a_result_that_is_not_replaced_says_what_it_lacks(
+  trained, program, folder, removed, lacks, tmp_path
+):
+  shutil.copytree(folder / "ar", tmp_path / "ar")
+  for path in (tmp_path / "ar" / "params").glob(removed):
+    shutil.rmtree(path) if path.is_dir() else path.unlink()
+  weights_of_vae = f"--config.io.checkpoint={folder}/vae/params"
+  done = train(program, tmp_path, "ar", weights_of_vae)
+  if removed == "text/*/*":  # its folders are there, so it is a checkpoint, and is replaced
+    assert done.code == 0, done.stderr
+    jax.tree.map(np.testing.assert_array_equal, weights(tmp_path / "ar/params"), weights(trained))
+  else:
+    assert done.code == 2 and done.stderr.count("\n") == 1
+    assert f"params' is not whole: it lacks {lacks}; remove what is left" in done.stderr
+
+
+def test_a_distilled_result_is_whole_with_its_adapters_only(trained, tmp_path):
+  is_result = sys.modules["launch.train"].is_result
+  shutil.copytree(trained, tmp_path / "params")
+  assert is_result(tmp_path, "ar", 60) and not is_result(tmp_path, "ar", 59)
+  assert not is_result(tmp_path, "dmd", 60)
+  shutil.copytree(trained, tmp_path / "adapters")
+  assert not is_result(tmp_path, "dmd", 60)
+  (tmp_path / "adapters" / "dit").rename(tmp_path / "adapters" / "lora")
+  assert is_result(tmp_path, "dmd", 60)
+  shutil.rmtree(tmp_path / "adapters" / "lora" / "000")
+  assert not is_result(tmp_path, "dmd", 60)
 
 
 def test_another_configuration_in_the_same_workdir(trained, program, folder):

@@ -81,7 +81,7 @@ def test_some_layers_may_be_chosen():
 
 
 def test_a_pattern_without_a_layer_and_a_rank_of_0_are_refused():
-  with pytest.raises(ValueError, match="'layers/nose'.*matches no layer"):
+  with pytest.raises(ValueError, match="distill.layers has 'layers/nose'.*matches no layer"):
     adapter_shapes(NETWORK.abstract, 2, ("layers/nose",))
   with pytest.raises(ValueError, match="at least 1, not 0"):
     adapter_shapes(NETWORK.abstract, 0)

@@ -66,6 +66,23 @@ def test_an_empty_prompt_is_one_end_token_and_no_prompt_is_no_row():
   assert load_tokenizer(byte_text())([])[0].shape == (0, 12)
 
 
+@pytest.mark.parametrize("prompt", ["&#32;", "&amp;#32;", "\u200b", " &#8203;\u00ad ", "\0"])
+def test_a_prompt_with_nothing_to_see_is_refused(prompt):
+  with pytest.raises(ValueError, match=r"^prompt='.*' must be text that is not empty$"):
+    load_tokenizer(byte_text())(["a", prompt])
+
+
+def test_a_prompt_that_is_not_unicode_is_refused():
+  for prompt in ("\ud800", "a \ud83c\udfac"):
+    with pytest.raises(ValueError, match=r"^prompt='.*\\ud8.* has characters that are no text"):
+      load_tokenizer(byte_text())([prompt])
+
+
+def test_a_prompt_with_marks_that_are_not_seen_is_one():
+  ids, mask = load_tokenizer(byte_text())(["a\u200bb", " "])
+  assert mask.sum(1).tolist() == [6, 1] and ids[1, 0] == END_ID
+
+
 def test_a_prompt_of_exactly_the_length_fits():
   assert load_tokenizer(byte_text(5))(["abcd"])[1].sum() == 5
 

@@ -309,6 +309,9 @@ def test_the_last_push_before_a_block_counts(session: Session, sampler: Sampler)
     (lambda s: s.push(""), "^prompt='' must be text that is not empty$"),
     (lambda s: s.push(" \n"), "must be text that is not empty"),
     (lambda s: s.push(3), "^prompt=3 must be text"),
+    (lambda s: s.cut("&#32;"), "^prompt='&#32;' must be text that is not empty$"),
+    (lambda s: s.push("\u200b"), r"^prompt='\\u200b' must be text that is not empty$"),
+    (lambda s: s.push("\ud800"), r"^prompt='\\ud800' has characters that are no text"),
     (lambda s: s.push("x" * 30), r"model\.text\.length=24"),
     (lambda s: s.cut("x" * 20), r"model\.text\.length=24"),  # with the prefix
     (lambda s: s.push("x", "fade"), "^transition='fade' must be one of cut, keep, recache"),

@@ -21,7 +21,7 @@ from longlive_jax.sample import session_files
 from longlive_jax.sample.moment import Moment
 from longlive_jax.sample.sampler import Sampler
 from longlive_jax.sample.session import Session
-from longlive_jax.sample.session_files import read_session, write_session
+from longlive_jax.sample.session_files import digest, read_session, write_session
 from longlive_jax.sample.session_settings import check_settings
 from tests.sample.live import SEED, check_blocks, expected, play, sampler_of
 from tests.sample.tiny import BLOCK
@@ -291,10 +291,22 @@ def largest(path: Path) -> Path:
 
 
 def change(**values: object) -> Callable[[Path], None]:
+  """Writes other values; `...` removes one."""
+
   def run(path: Path) -> None:
     file = path / "session.json"
     tree = json.loads(file.read_text()) | values
-    file.write_text(json.dumps({k: v for k, v in tree.items() if v is not None}))
+    file.write_text(json.dumps({k: v for k, v in tree.items() if v is not ...}))
+
+  return run
+
+
+def pretend(**values: object) -> Callable[[Path], None]:
+  """`change`, with a checksum that is right."""
+
+  def run(path: Path) -> None:
+    change(**values)(path)
+    change(sha256=digest(json.loads((path / "session.json").read_text())))(path)
 
   return run
 
@@ -310,10 +322,14 @@ def change(**values: object) -> Callable[[Path], None]:
     (lambda p: largest(p).unlink(), r"is damaged: 'arrays/000/.*' has 0 bytes, not \d+$"),
     (lambda p: flip(largest(p)), "is damaged: the numbers of '.*' are not those"),
     (lambda p: shutil.rmtree(p / "arrays"), "is damaged: 'arrays/.*' has 0 bytes"),
-    (change(format=2), "is damaged: its format is 2, known is 1"),
-    (change(state=None), "is damaged: it lacks 'state'"),
-    (change(pending={"prompt": ""}), "is damaged: prompt='' must be text"),
-    (change(history=[7]), "is damaged: it lacks 'history/7'"),
+    (change(format=1, sha256=...), "has format 1; this version reads 2$"),
+    (change(format=...), "is damaged: it lacks 'format'"),
+    (change(sha256=...), "is damaged: it lacks 'sha256'"),
+    (pretend(state=...), "is damaged: it lacks 'state'"),
+    (pretend(pending={"prompt": ""}), "is damaged: prompt='' must be text"),
+    (pretend(history=[7]), "is damaged: it lacks 'history/7'"),
+    (pretend(seed=None), "is damaged: seed=None must be a whole number from 0 to"),
+    (pretend(index=2**32), "is damaged: index=4294967296 must be a whole number from 0 to"),
   ],
 )
 def test_a_damaged_session_is_one_error(copied: Path, damage: Callable, message: str):
@@ -321,6 +337,51 @@ def test_a_damaged_session_is_one_error(copied: Path, damage: Callable, message:
   with pytest.raises(ValueError, match=f"saved session '.*copied' {message}") as caught:
     Session.load(sampler_of("float32"), copied)
   assert "\n" not in str(caught.value)
+
+
+CHANGES: dict[str, tuple[object, ...]] = {
+  "block": (None, "x", [], {}, 10**12, -1, 1.5),
+  "prompt": (None, -1, 1.5, [], {}, "x"),
+  "seed": (None, SEED + 1),
+  "index": (None, 1, True),
+  "history": ([],),
+  "image": (True, None),
+  "pending": ({"prompt": "x"},),
+  "made": ([], [None] * 6),
+  "files": ({},),
+  "checksums": ({}, None),
+  "sha256": (None, "", 5, []),
+  "more": (1,),
+}
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_whatever_is_changed_in_the_account_is_found(copied: Path, name: str):
+  file = copied / "session.json"
+  before = file.read_text()
+  for value in CHANGES[name]:
+    file.write_text(before)
+    change(**{name: value})(copied)
+    with pytest.raises(ValueError, match=r"copied' is damaged: what session\.json says is not"):
+      Session.load(sampler_of("float32"), copied)
+
+
+@pytest.mark.parametrize(
+  ("name", "value"),
+  [("positions", None), ("positions", [-3]), ("blocks", []), ("pin", "x"), ("cuts", "x")],
+)
+def test_whatever_is_changed_in_its_slots_is_found(copied: Path, name: str, value: object):
+  tree = json.loads((copied / "session.json").read_text())
+  (tree["state"] if name == "cuts" else tree["state"]["slots"])[name] = value
+  change(**tree)(copied)
+  with pytest.raises(ValueError, match=r"copied' is damaged: what session\.json says is not"):
+    Session.load(sampler_of("float32"), copied)
+
+
+def test_how_the_account_is_laid_out_does_not_matter(copied: Path):
+  tree = json.loads((copied / "session.json").read_text())
+  (copied / "session.json").write_text(json.dumps(dict(reversed(tree.items())), indent=8))
+  assert Session.load(sampler_of("float32"), copied).block == len(MADE)
 
 
 def changed(**sections: dict[str, object]) -> Experiment:

@@ -2,6 +2,7 @@
 
 import contextlib
 import gc
+import json
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -119,3 +120,19 @@ def test_sessions_of_the_model_leave_no_arrays(backend: SamplerBackend, tmp_path
   view_and_stop(backend, tmp_path)
   gc.collect()
   assert len(jax.live_arrays()) <= before
+
+
+@pytest.mark.parametrize("prompt", ["&#32;", "\u200b", "\ud800"])
+def test_a_prompt_that_says_nothing_is_refused_as_in_the_library(
+  backend: SamplerBackend, tmp_path: Path, prompt: str
+):
+  with pytest.raises(ValueError, match="must be text that is not empty|are no text") as caught:
+    Session(backend.sampler, seed=7).push(prompt)
+  shots = [{"prompt": "a"}, {"prompt": prompt, "transition": "cut"}]
+  headers = {"content-type": "application/json"}
+  with serving(backend, tmp_path) as run, run.http() as client:
+    for body in ({"prompt": prompt}, {"script": {"shots": shots}}):
+      answer = client.post("/v1/videos", content=json.dumps(body), headers=headers)
+      assert answer.status_code == 400, answer.text
+      message = answer.json()["error"]["message"]
+      assert message == str(caught.value) or "no text" in message

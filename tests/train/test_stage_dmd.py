@@ -153,6 +153,10 @@ def test_a_clip_may_be_shared_by_devices(root, long, tmp_path, seq):
     ({"distill.rank": 0}, "distill.rank=0 must be at least 1"),
     ({"distill.rank": 25}, "distill.rank=25 must be at most model.width=24"),
     ({"distill.layers": ("(",)}, "no regular expression"),
+    (
+      {"distill.layers": ("layers/ffn/.*", "nothing")},
+      "distill.layers has 'nothing', which matches no layer; the layers are head/proj",
+    ),
     ({"parallel.fsdp": 2}, "parallel.fsdp=2 is for train.stage=ar"),
     ({"parallel.seq": 2, "data.blocks": 3}, "parallel.seq=2 must divide.*the 3 blocks that are"),
     ({"parallel.seq": 2, "parallel.layout": "plain"}, "takes parallel.layout=balanced"),
