@@ -155,6 +155,8 @@ def main(argv: list[str]) -> None:
   with PROCESSES.joined():
     enable_compile_cache(experiment)
     check_same_settings(experiment)
+    if experiment.train.stage != "vae":
+      mesh_of(experiment)  # what these devices cannot be divided into is said before there is a run
     if not is_result(workdir, experiment.train.stage, experiment.train.steps):
       check_left(workdir, experiment.train.stage)
       check_files(experiment, workdir)

@@ -338,9 +338,9 @@ def test_real_sizes_on_a_hopper_gpu():
     )
     add = (y.whole().reshape(groups, -1, width).astype(F32) * gate[:, None]).reshape(x.shape)
     wanted = (x.astype(F32) + add).astype(BF16)
-    np.testing.assert_allclose(
-      np.asarray(total, np.float32), np.asarray(wanted, np.float32), rtol=8e-3, atol=1e-6
-    )
+    # one rounding of the product may fall the other way, and one of the sum
+    bound = 2**-8 * (jnp.abs(add) + jnp.abs(x) + 1e-3)
+    assert (jnp.abs(total.astype(F32) - wanted.astype(F32)) <= bound).all()
     normal = affine_norm(
       total.reshape(groups, -1, width), factor[:, None], shift[:, None], EPS
     ).reshape(x.shape)
