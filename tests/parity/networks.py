@@ -12,6 +12,7 @@ from longlive_jax.config import Model, Text, Vae
 from longlive_jax.convert.keys_dit import dit_rows
 from longlive_jax.convert.torch_import import import_params, leaf_at, to_ours
 from longlive_jax.model.attention import Cross, pair
+from longlive_jax.model.between import between_of
 from longlive_jax.model.dit import DiT, TextKV, declare_dit
 from longlive_jax.model.layers import patchify
 from longlive_jax.model.module import Network
@@ -91,7 +92,8 @@ def layer_outputs(
   graph, state = nnx.split(model.layers)
   for i in range(model.cfg.layers):
     layer = nnx.merge(graph, jax.tree.map(lambda a, i=i: a[i], state))
-    x, _ = layer(x, condition, (text.k[i], text.v[i]), plan, None, i, ops, cross)
+    total, _ = layer(x, condition, (text.k[i], text.v[i]), plan, None, i, ops, cross)
+    x = between_of(ops).total(total)
     outs.append(x.reshape(joined))
   return first, outs
 
