@@ -16,6 +16,11 @@ def shape(*sizes: int, dtype=jnp.float32) -> jax.ShapeDtypeStruct:
   return jax.ShapeDtypeStruct(sizes, dtype)
 
 
+def part_of(index: int):
+  """A job on one of three products that are side by side."""
+  return lambda x, w: row_jobs.rms_rows(Product(x, part=(3, index)), w, 1e-6)
+
+
 X, V = shape(8, 512, dtype=jnp.bfloat16), shape(512)
 SHARED, ROWS = shape(1, 512), shape(8)
 JOBS = {
@@ -36,6 +41,8 @@ JOBS = {
     lambda x, w, c: row_jobs.rms_rows(Product(x), w, 1e-6, (c, c)),
     *(X, V, shape(8, 64)),
   ),
+  "rms of one of three": (part_of(1), shape(8, 1536, dtype=jnp.bfloat16), V),
+  "rms of another": (part_of(2), shape(8, 1536, dtype=jnp.bfloat16), V),
 }
 
 
@@ -54,7 +61,7 @@ def name(monkeypatch, job, *shapes: jax.ShapeDtypeStruct) -> str:
 @pytest.fixture
 def anew(monkeypatch):
   """Lowers every call of a kernel, as JAX does."""
-  monkeypatch.setattr(rows, "call_once_lowered", lambda run, key, args, outs: run(*args))
+  monkeypatch.setattr(rows, "call_once_lowered", lambda run, key, args, outs, _: run(*args))
 
 
 def test_the_same_kernel_has_the_same_name(monkeypatch, anew):
@@ -78,7 +85,7 @@ def test_other_jobs_are_other_kernels_and_each_is_lowered_once(monkeypatch):
 @pytest.mark.parametrize("kind", JOBS)
 def test_it_is_called_as_jax_would_call_it(monkeypatch, kind):
   ours = call(monkeypatch, *JOBS[kind])
-  monkeypatch.setattr(rows, "call_once_lowered", lambda run, key, args, outs: run(*args))
+  monkeypatch.setattr(rows, "call_once_lowered", lambda run, key, args, outs, _: run(*args))
   theirs = call(monkeypatch, *JOBS[kind])
   assert ours.split("loc(")[0] == theirs.split("loc(")[0]
 
