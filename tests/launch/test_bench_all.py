@@ -207,6 +207,7 @@ def test_rows_that_do_not_fit_are_left_out_and_what_runs_ends_with_the_program(
   running = subprocess.Popen(command, cwd=root, stdout=subprocess.DEVNULL)
   while not (tmp_path / "gemm.log").exists():
     time.sleep(0.1)
+  time.sleep(1)  # until its program is started
   running.send_signal(signal.SIGTERM)
   assert running.wait(timeout=30) == 143
   assert not (tmp_path / "gemm.done").exists() and not (tmp_path / "gemm.jsonl").exists()
