@@ -152,12 +152,11 @@ class Session:
     moment, run, params = self._now(), self._run, self.sampler.models.params["dit"]
     block = moment.rollout.block
     entry, account = moment.account.enter(self._cut_prefix)
-    texts = self._texts(entry.prompt)
+    step = params, moment.rollout, self._texts(entry.prompt), [entry]
     lost = overwritten(run.engine.schedule, moment.rollout, entry) if self.keep else []
     slots = self._keeper.take(moment, lost)  # a point to go back to leaves beside the block's work
     point = ASIDE.start((moment.decoder, slots)) if self.keep else None
     self._lose(f"block {block} was interrupted: load the session again or begin another")
-    step = params, moment.rollout, texts, [entry]
     if given is None:
       keys = np.asarray([self.seed], np.uint32), np.asarray([self.index], np.uint32)
       latents, rollout = run.sample(*step, keys, *run.known(None if block else self._first))
